@@ -1,0 +1,18 @@
+"""Fixtures that all rooms share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and a real encoder beside the repository; tests that want them skip where they are absent."""
+    folder = REPOSITORY.parent / "shared"
+    if not (folder / "data" / "sms_spam.tsv").is_file():
+        pytest.skip("no shared data beside the repository")
+    return folder

@@ -1,0 +1,1 @@
+"""Recipes: YAML in, one validated and frozen ``Recipe`` out; never imports torch."""

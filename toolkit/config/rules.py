@@ -1,0 +1,122 @@
+"""Rules between fields of a recipe, as one table; all that are broken are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from toolkit.config.document import Path
+from toolkit.config.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition between fields.
+
+    Attributes:
+        path: The field to point at.
+        broken: Whether a recipe breaks the rule.
+        wrong: What is wrong.
+        right: What would be right.
+    """
+
+    path: Path
+    broken: Callable[[Recipe], bool]
+    wrong: str
+    right: str
+
+
+def _split_sum(recipe: Recipe) -> float:
+    split = recipe.data.split
+    return split.train + split.validation + split.test
+
+
+def _labels_repeat(recipe: Recipe) -> bool:
+    labels = recipe.data.labels or []
+    return len(set(labels)) < len(labels)
+
+
+def _is_lm(recipe: Recipe) -> bool:
+    return recipe.objective == "language_modeling"
+
+
+RULES = (
+    Rule(
+        ("training", "max_steps"),
+        lambda r: r.training.epochs is not None and r.training.max_steps is not None,
+        "epochs and max_steps are both set",
+        "set one and leave the other null",
+    ),
+    Rule(
+        ("data", "source"),
+        lambda r: r.data.source is None and r.data.train is None,
+        "no data",
+        "give data.source (a named set, file or hub id) or data.train",
+    ),
+    Rule(
+        ("data", "train"),
+        lambda r: r.data.source is not None and r.data.train is not None,
+        "source and train are both set",
+        "one table to split (source) or files per part (train, validation, test)",
+    ),
+    Rule(
+        ("data", "validation"),
+        lambda r: r.data.train is None and r.data.validation is not None,
+        "validation is given without train",
+        "give data.train too; a source is split by data.split",
+    ),
+    Rule(
+        ("data", "test"),
+        lambda r: r.data.train is None and r.data.test is not None,
+        "test is given without train",
+        "give data.train too; a source is split by data.split",
+    ),
+    Rule(("data", "labels"), _labels_repeat, "a label is listed twice", "each label once"),
+    Rule(
+        ("data", "split"),
+        lambda r: abs(_split_sum(r) - 1) > 1e-6,
+        "train, validation and test do not add up to 1",
+        "for example 0.7, 0.1, 0.2",
+    ),
+    Rule(
+        ("evaluation", "early_stopping_patience"),
+        lambda r: r.evaluation.early_stopping_patience is not None and r.evaluation.every == "end",
+        "early stopping needs evaluations during training",
+        "evaluation.every: epoch or a number of steps",
+    ),
+    Rule(
+        ("quantization",),
+        lambda r: r.quantization is not None and r.method.name != "lora",
+        "quantised weights cannot be trained",
+        "method lora, or quantization: null",
+    ),
+    Rule(
+        ("model", "embeddings_from"),
+        lambda r: r.model.embeddings_from is not None and not r.model.random_init,
+        "would overwrite trained embeddings",
+        "model.random_init: true, or embeddings_from: null",
+    ),
+    Rule(
+        ("method",),
+        lambda r: _is_lm(r) and r.method.name != "full",
+        "language_modeling trains every weight",
+        "leave method out",
+    ),
+    Rule(
+        ("data", "balance"),
+        lambda r: _is_lm(r) and (r.data.balance is not None or r.data.labels is not None),
+        "language_modeling has no labels",
+        "leave balance and labels out",
+    ),
+    Rule(
+        ("evaluation", "metric"),
+        lambda r: _is_lm(r) and r.evaluation.metric != "loss",
+        "language_modeling is judged by its loss",
+        "evaluation.metric: loss",
+    ),
+)
+
+
+def broken_rules(recipe: Recipe) -> list[Rule]:
+    """Return every rule that ``recipe`` breaks, in the order of the table."""
+    return [rule for rule in RULES if rule.broken(recipe)]

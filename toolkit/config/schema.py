@@ -1,0 +1,201 @@
+"""The recipe: one pydantic model per section, with every default, bound and unit."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+MAX_SEED = 2**32 - 1
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys, loose types and changes are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+def _label_text(value: object) -> object:
+    """Read the label 0 of `labels: [0, 1]` as the text it has in a data file."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Label = Annotated[str, Field(min_length=1), BeforeValidator(_label_text)]
+
+
+class ModelSettings(Section):
+    """Which pre-trained model is tuned."""
+
+    base: Name = Field(description="Hub id, local folder, or an embedded base: gpt2-mini, distilbert-mini.")
+    offline_base: Name | None = Field(
+        default=None, description="Used, with a warning, only when `base` cannot be reached."
+    )
+    max_length: PositiveInt = Field(default=256, description="Tokens kept of each text; longer ones are truncated.")
+    random_init: bool = Field(
+        default=False, description="Take the base's shape and tokenizer but start from seeded random weights."
+    )
+    embeddings_from: Name | None = Field(
+        default=None,
+        description="With random_init: project this encoder's word embeddings into the new token embeddings.",
+    )
+
+
+class SplitSettings(Section):
+    """How one table is cut into train, validation and test."""
+
+    train: float = Field(default=0.7, gt=0, le=1, description="Fraction of the rows trained on.")
+    validation: Fraction = Field(default=0.1, description="Fraction used to pick the best checkpoint.")
+    test: Fraction = Field(default=0.2, description="Fraction used once, at the end.")
+    seed: Seed = Field(default=123, description="Seed of the shuffle and of the balanced subset.")
+    stratify: bool = Field(default=True, description="Keep every label's share equal in all parts.")
+
+
+class DataSettings(Section):
+    """Which rows are trained and tested on: one `source` to split, or files per part."""
+
+    source: Name | None = Field(
+        default=None, description="Named set (sms_spam, movie_reviews), a data file, or a hub dataset id."
+    )
+    train: Name | None = Field(default=None, description="File of training rows, instead of source.")
+    validation: Name | None = Field(default=None, description="File of validation rows; else cut from train.")
+    test: Name | None = Field(default=None, description="File of test rows; else cut from train.")
+    text_column: Name = Field(default="text", description="Column that holds the text.")
+    label_column: Name = Field(default="label", description="Column that holds the label.")
+    labels: Annotated[list[Label], Field(min_length=2)] | None = Field(
+        default=None, description="Label names in id order; null takes the sorted names found."
+    )
+    balance: Literal["undersample"] | None = Field(
+        default=None, description="undersample: as many rows of every label as the rarest has."
+    )
+    duplicates: Literal["refuse", "remove", "allow"] = Field(
+        default="refuse",
+        description="The same text in two parts: refuse (repeats stay in one part when the toolkit splits), "
+        "remove repeats, or allow the leak.",
+    )
+    max_rows: PositiveInt | None = Field(default=None, description="Use a seeded sample of this many rows.")
+    split: SplitSettings = Field(default_factory=SplitSettings, description="Used where one table is split.")
+
+
+class FullMethod(Section):
+    """Train every weight."""
+
+    name: Literal["full"]
+
+
+class HeadMethod(Section):
+    """Train the classification head alone; the body stays frozen."""
+
+    name: Literal["head"]
+
+
+class LastNMethod(Section):
+    """Train the last n blocks, the final norm and the head."""
+
+    name: Literal["last_n"]
+    n: PositiveInt = Field(default=1, description="Blocks trained, counted from the end.")
+
+
+class LoraMethod(Section):
+    """Train low-rank adapters and the head (Hu et al. 2021, arXiv:2106.09685)."""
+
+    name: Literal["lora"] = "lora"
+    r: PositiveInt = Field(default=16, description="Rank of each adapter.")
+    lora_alpha: Annotated[float, Field(gt=0)] = Field(default=32, description="The delta is scaled by alpha / r.")
+    lora_dropout: Fraction = Field(default=0.05, description="Dropout on the adapter's input.")
+    target_modules: Literal["auto", "all-linear"] | Annotated[list[Name], Field(min_length=1)] = Field(
+        default="auto", description="auto: attention projections of the family; all-linear; or module names."
+    )
+
+
+Method = Annotated[FullMethod | HeadMethod | LastNMethod | LoraMethod, Field(discriminator="name")]
+
+
+class QuantizationSettings(Section):
+    """bitsandbytes storage of the frozen weights (Dettmers et al. 2023, arXiv:2305.14314)."""
+
+    bits: Literal[4, 8] = Field(default=4, description="Bits per frozen weight.")
+    quant_type: Literal["nf4", "fp4"] = Field(default="nf4", description="4-bit code; unused at 8 bits.")
+    double_quant: bool = Field(default=True, description="Quantise the 4-bit scales too; unused at 8 bits.")
+
+
+class TrainingSettings(Section):
+    """The optimisation itself."""
+
+    epochs: PositiveInt | None = Field(default=None, description="Passes over the rows; 5 if max_steps is null too.")
+    max_steps: PositiveInt | None = Field(default=None, description="Optimizer steps, instead of epochs.")
+    batch_size: PositiveInt = Field(default=8, description="Texts per device and micro-step.")
+    gradient_accumulation_steps: PositiveInt = Field(default=1, description="Micro-steps per optimizer step.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(default=2e-4, description="Peak learning rate.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.01, description="Decoupled decay of matrices; none on biases and norms."
+    )
+    warmup_ratio: Fraction = Field(default=0.06, description="Fraction of the steps that warm up.")
+    scheduler: Literal["linear", "cosine", "constant"] = Field(default="linear", description="Shape after warm-up.")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"] = Field(
+        default="adamw", description="adamw (fused), its bitsandbytes 8-bit forms, or sgd with momentum 0.9."
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(default=1.0, description="Clip; null: no clip.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="auto: bf16 on CUDA that has it, fp16 with a scaler on older CUDA, fp32 on CPU."
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute each block in the backward pass: less memory, about 30 % more time."
+    )
+    seed: Seed = Field(default=123, description="Seed of the head, the batch order and dropout.")
+
+
+class LanguageModelingSettings(Section):
+    """Settings of objective language_modeling alone."""
+
+    mask_probability: float = Field(
+        default=0.15, gt=0, lt=1, description="Share of tokens predicted by a masked model (DistilBERT)."
+    )
+    target_tokens: PositiveInt | None = Field(
+        default=None,
+        description="Softmax over this many most frequent tokens; positions whose target is rarer carry no loss.",
+    )
+
+
+class EvaluationSettings(Section):
+    """When validation runs and what picks the best checkpoint."""
+
+    every: Literal["epoch", "end"] | PositiveInt = Field(default="epoch", description="epoch, end, or steps.")
+    metric: Literal["accuracy", "f1_macro", "loss"] = Field(default="accuracy", description="Picks the best.")
+    early_stopping_patience: PositiveInt | None = Field(
+        default=None, description="Stop after this many evaluations without a better metric."
+    )
+
+
+class OutputSettings(Section):
+    """Where the run is kept."""
+
+    dir: Name | None = Field(default=None, description="Run folder; null: runs/<recipe name>.")
+    save_every: Literal["epoch", "end"] | PositiveInt = Field(default="epoch", description="epoch, end, or steps.")
+    keep: PositiveInt = Field(default=2, description="Checkpoints kept, beside the best one.")
+    overwrite: bool = Field(default=False, description="Start anew in a folder that holds a run.")
+    log_every: PositiveInt = Field(default=10, description="Optimizer steps per line of metrics.jsonl.")
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = Field(
+        default=None, description="Experiment tracker to log to as well."
+    )
+
+
+class Recipe(Section):
+    """A whole run. Every key has a default but `model.base` and the data."""
+
+    objective: Literal["classification", "language_modeling"] = Field(
+        default="classification", description="language_modeling (causal or masked) needs no labels and no method."
+    )
+    model: ModelSettings
+    data: DataSettings
+    method: Method = Field(default_factory=LoraMethod, description="What is trained.")
+    quantization: QuantizationSettings | None = Field(default=None, description="null: full-precision weights.")
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    language_modeling: LanguageModelingSettings = Field(default_factory=LanguageModelingSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    output: OutputSettings = Field(default_factory=OutputSettings)

@@ -1,0 +1,140 @@
+"""The machine: device, precision, seeds, memory peaks, environment facts, and the Accelerator.
+
+torch and accelerate are imported inside the functions, so that rooms which need only a process rank stay light.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "tiktoken", "safetensors")
+
+
+def process_rank() -> int:
+    """Return this process's rank as the launcher set it; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """Return the device to compute on: CUDA, then Apple's MPS, then the CPU."""
+    import torch
+
+    if wanted != "auto":
+        return torch.device(wanted)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def choose_precision(wanted: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Precision:
+    """Resolve ``auto``: bf16 on CUDA that computes in it, fp16 on older CUDA, fp32 elsewhere."""
+    import torch
+
+    if wanted != "auto":
+        return wanted
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def build_accelerator(
+    *, device: torch.device, precision: Precision, tracker: str | None, logging_dir: pathlib.Path
+) -> Accelerator:
+    """Return accelerate's view of the processes that the launcher started (one without a launcher)."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=tracker,
+        project_dir=str(logging_dir),
+    )
+    if accelerator.state.deepspeed_plugin is not None:
+        # DeepSpeed wants a loader's batch size; ours is a plan of row numbers.
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+    return accelerator
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's generators on every device (the toolkit draws from no other)."""
+    import torch
+
+    torch.manual_seed(seed)
+
+
+def end_with_launcher() -> None:
+    """On Linux, receive SIGTERM when the launcher dies: it does not pass signals on."""
+    if platform.system() != "Linux" or "LOCAL_RANK" not in os.environ:
+        return
+    import ctypes
+    import signal
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak measurement."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    clear_refs = pathlib.Path("/proc/self/clear_refs")
+    if clear_refs.exists():
+        # proc(5): writing 5 resets the peak resident set size.
+        clear_refs.write_text("5")
+
+
+def peak_memory(device: torch.device) -> dict[str, int | str]:
+    """Return ``{"peak_bytes", "kind"}`` since the last reset: allocated on CUDA, resident on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return {"peak_bytes": torch.cuda.max_memory_allocated(device), "kind": "cuda allocated"}
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return {"peak_bytes": int(line.split()[1]) * 1024, "kind": "resident set"}
+    import resource
+
+    scale = 1 if platform.system() == "Darwin" else 1024
+    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale, "kind": "resident set"}
+
+
+def resident_bytes() -> int:
+    """Return the bytes of memory this process holds now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what a reader needs to repeat a figure: versions, device, threads, platform."""
+    import torch
+
+    facts: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    facts |= {name: importlib.metadata.version(name) for name in LIBRARIES}
+    facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    facts["cpu"] = _cpu_name()
+    facts["threads"] = torch.get_num_threads()
+    return facts
+
+
+def _cpu_name() -> str:
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
