@@ -1,0 +1,61 @@
+"""The plan: every row once an epoch, the same global batches for any number of processes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from toolkit.training.plan import StepPlan
+
+
+def plan(**changes) -> StepPlan:
+    settings = {
+        "rows": 103, "batch_size": 4, "accumulation": 3, "processes": 1, "seed": 5, "epochs": 2, "max_steps": None
+    }  # fmt: skip
+    return StepPlan(**{**settings, **changes})
+
+
+@pytest.mark.parametrize("rows", [1, 11, 12, 13, 103])
+def test_an_epoch_sees_every_row_once(rows):
+    chosen = plan(rows=rows)
+    for epoch in range(2):
+        steps = range(epoch * chosen.steps_per_epoch, (epoch + 1) * chosen.steps_per_epoch)
+        seen = np.concatenate([chosen.window(step) for step in steps])
+        assert sorted(seen) == list(range(rows))
+
+
+def test_epochs_differ_and_seeds_differ():
+    chosen = plan()
+    assert not np.array_equal(chosen.window(0), chosen.window(chosen.steps_per_epoch))
+    assert not np.array_equal(chosen.window(0), plan(seed=6).window(0))
+
+
+def test_any_step_can_be_asked_first():
+    ordered = [plan().window(step) for step in range(18)]
+    shuffled = plan()
+    for step in (17, 3, 9, 0):
+        assert np.array_equal(shuffled.window(step), ordered[step])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_processes_share_the_same_global_batch(processes):
+    one = plan(batch_size=12, accumulation=1)
+    many = plan(batch_size=12 // processes, accumulation=1, processes=processes)
+    assert one.total_steps == many.total_steps
+    for step in range(one.total_steps):
+        shares = [many.micro_batches(step, rank=rank) for rank in range(processes)]
+        assert sorted(np.concatenate([np.concatenate(share) for share in shares])) == sorted(one.window(step))
+        assert len({len(share) for share in shares}) == 1
+
+
+def test_micro_batches_have_the_batch_size_and_the_last_window_is_short():
+    chosen = plan()
+    assert [len(part) for part in chosen.micro_batches(0, rank=0)] == [4, 4, 4]
+    assert [len(part) for part in chosen.micro_batches(chosen.steps_per_epoch - 1, rank=0)] == [4, 3]
+
+
+def test_max_steps_may_exceed_an_epoch():
+    chosen = plan(epochs=None, max_steps=20)
+    assert chosen.total_steps == 20
+    assert len(chosen.window(19)) == 12
+    assert chosen.epoch_of(18) == 2.0

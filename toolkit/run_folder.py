@@ -1,0 +1,168 @@
+"""The run folder: one writer, a resolved recipe, and what is already there. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from toolkit.config.load import dump_recipe, load_recipe
+from toolkit.config.schema import Recipe
+from toolkit.errors import OutputError, Problem, RecipeError
+
+# Settings that may differ between a run and its resumption: they change no weight.
+FREE = ("output",)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run.
+
+    Attributes:
+        path: ``runs/<name>``.
+    """
+
+    path: pathlib.Path
+
+    @property
+    def recipe(self) -> pathlib.Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def result(self) -> pathlib.Path:
+        """The finished run's record; its presence says that the run is finished."""
+        return self.path / "result.json"
+
+    @property
+    def metrics(self) -> pathlib.Path:
+        """One JSON line per log step and evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def split(self) -> pathlib.Path:
+        """Row numbers of train, validation and test."""
+        return self.path / "split.json"
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        """Folder of ``step-N`` checkpoints."""
+        return self.path / "checkpoints"
+
+    def state(self, recipe: Recipe) -> str:
+        """Return ``new``, ``unfinished`` or ``finished``, writing nothing.
+
+        Raises:
+            OutputError: If the folder cannot hold the run, or holds another one.
+        """
+        where = str(self.path)
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(Problem(where, "output.dir", "is a file", "a folder for the run"))
+        parent = next(folder for folder in (self.path, *self.path.resolve().parents) if folder.exists())
+        if not os.access(parent, os.W_OK):
+            raise OutputError(Problem(where, "output.dir", "is not writable", "a folder you may write to"))
+        if not self.path.exists() or not any(name.name != ".lock" for name in self.path.iterdir()):
+            return "new"
+        if not self.recipe.is_file():
+            raise OutputError(
+                Problem(where, "output.dir", "holds other files and no run", "an empty or new folder for the run")
+            )
+        if recipe.output.overwrite:
+            return "new"
+        self._refuse_changes(recipe)
+        return "finished" if self.result.is_file() else "unfinished"
+
+    def _refuse_changes(self, recipe: Recipe) -> None:
+        try:
+            before = load_recipe(self.recipe)
+        except RecipeError as error:
+            raise OutputError(error.problems) from error
+        changed = differences(_comparable(before), _comparable(recipe))
+        if changed:
+            raise OutputError(
+                Problem(
+                    str(self.path),
+                    name,
+                    f"was {old!r} when this run began, is {new!r} now",
+                    "the old value, another output.dir, or output.overwrite=true",
+                )
+                for name, (old, new) in changed.items()
+            )
+
+    @contextlib.contextmanager
+    def claimed(self, recipe: Recipe) -> Iterator[None]:
+        """Hold the folder for this process alone, cleared first where the recipe says overwrite.
+
+        Raises:
+            OutputError: If another process holds it (its pid is named).
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path / ".lock", str(self.path)):
+            if recipe.output.overwrite:
+                self._clear()
+            if not self.recipe.exists():
+                write_text(self.recipe, dump_recipe(recipe))
+            yield
+
+    def _clear(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.name == ".lock":
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+
+def _comparable(recipe: Recipe) -> dict[str, Any]:
+    data = recipe.model_dump(mode="json")
+    return {name: value for name, value in data.items() if name not in FREE}
+
+
+def differences(before: Any, after: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return the dotted names of the fields that differ, with both values."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return {} if before == after else {prefix: (before, after)}
+    changed: dict[str, tuple[Any, Any]] = {}
+    for name in {**before, **after}:
+        dotted = f"{prefix}.{name}" if prefix else name
+        changed |= differences(before.get(name), after.get(name), dotted)
+    return changed
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path, where: str) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; there the folder is not guarded.
+        yield
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+            raise OutputError(
+                Problem(where, "output.dir", f"is in use by process {holder}", "wait for it, or another output.dir")
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+        os.fsync(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Write a file so that readers see the old text or the new one, never a half."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    with staging.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    staging.replace(path)

@@ -1,0 +1,174 @@
+"""Checkpoints: complete or absent, checksummed, free of pickles; the newest valid one wins.
+
+A checkpoint is staged in a folder whose name no reader matches, its files and the folder are flushed to disk, and one
+rename makes it visible. Old ones go only after the new one was read back and verified.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+STEP_FOLDER = re.compile(r"step-(\d+)$")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint, loaded.
+
+    Attributes:
+        path: Its folder.
+        step: Optimizer steps done.
+        tensors: Tensors by file stem and name, on the CPU.
+        state: Everything that is not a tensor.
+    """
+
+    path: pathlib.Path
+    step: int
+    tensors: dict[str, dict[str, torch.Tensor]]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    root: pathlib.Path, step: int, *, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]
+) -> pathlib.Path:
+    """Write ``root/step-N`` atomically and return it.
+
+    Args:
+        root: The run's ``checkpoints`` folder.
+        step: Optimizer steps done.
+        tensors: Tensors by file stem and name; one safetensors file per stem.
+        state: JSON data.
+
+    Raises:
+        OSError: If the disk is full; older checkpoints are untouched and no half folder is left.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    target, staging = root / f"step-{step}", root / f".staging-{step}-{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        for stem, named in tensors.items():
+            # safetensors refuses tensors that share memory or are not contiguous.
+            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+            save_file(whole, staging / f"{stem}.safetensors")
+        (staging / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        files = {path.name: _sha256(path) for path in sorted(staging.iterdir())}
+        manifest = {"format": FORMAT, "step": step, "files": files}
+        (staging / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in staging.iterdir():
+            _flush(path)
+        _flush(staging)
+        if target.exists():
+            # Only a damaged checkpoint of the same step can stand here: a valid one would have been resumed from.
+            shutil.rmtree(target)
+        staging.rename(target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    _flush(root)
+    return target
+
+
+def load_checkpoint(path: pathlib.Path) -> Checkpoint:
+    """Verify every byte of a checkpoint against its manifest and load it.
+
+    Raises:
+        ValueError: With the reason it cannot be used.
+    """
+    manifest = _read_json(path / "manifest.json")
+    files = manifest.get("files")
+    if manifest.get("format") != FORMAT or not isinstance(files, dict) or "state.json" not in files:
+        raise ValueError("manifest.json is not a checkpoint manifest")
+    if path.name != f"step-{manifest.get('step')}":
+        raise ValueError(f"manifest.json belongs to step {manifest.get('step')}")
+    for name, digest in files.items():
+        file = path / name
+        if file.parent != path or not file.is_file():
+            raise ValueError(f"{name} is missing")
+        if _sha256(file) != digest:
+            raise ValueError(f"{name} does not match its checksum")
+    try:
+        tensors = {file[: -len(".safetensors")]: load_file(path / file) for file in files if file != "state.json"}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    return Checkpoint(path, int(manifest["step"]), tensors, _read_json(path / "state.json"))
+
+
+def steps_on_disk(root: pathlib.Path) -> list[int]:
+    """Return the step numbers of all complete-looking checkpoints, newest first."""
+    if not root.is_dir():
+        return []
+    matches = (STEP_FOLDER.match(path.name) for path in root.iterdir())
+    return sorted((int(match.group(1)) for match in matches if match), reverse=True)
+
+
+def newest_valid(root: pathlib.Path) -> tuple[Checkpoint | None, dict[str, str]]:
+    """Return the newest checkpoint that verifies, and why each newer one was skipped."""
+    skipped: dict[str, str] = {}
+    for step in steps_on_disk(root):
+        path = root / f"step-{step}"
+        try:
+            return load_checkpoint(path), skipped
+        except ValueError as reason:
+            skipped[path.name] = str(reason)
+    return None, skipped
+
+
+def rotate(root: pathlib.Path, *, keep: int, protected: Collection[int]) -> None:
+    """Delete old checkpoints and leftovers of killed saves, once the newest is proven to load.
+
+    Args:
+        root: The run's ``checkpoints`` folder.
+        keep: How many of the newest to keep.
+        protected: Steps to keep in any case (the best one).
+    """
+    steps = steps_on_disk(root)
+    load_checkpoint(root / f"step-{steps[0]}")
+    for step in steps[keep:]:
+        if step not in protected:
+            doomed = root / f".staging-old-{step}"
+            # Renamed first, so that a kill in the middle leaves no half checkpoint under a readable name.
+            (root / f"step-{step}").rename(doomed)
+    for leftover in root.glob(".staging-*"):
+        shutil.rmtree(leftover)
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.name} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path.name} is not a mapping")
+    return data
+
+
+def _flush(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

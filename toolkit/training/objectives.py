@@ -1,0 +1,149 @@
+"""What is minimised: a batch of rows to the sum of its losses and the weight they carry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from torch import nn
+
+from toolkit.config.schema import LanguageModelingSettings
+from toolkit.data.batching import collate
+from toolkit.data.tokens import TokenTable
+from toolkit.models.forward import classify
+from toolkit.models.language import language_model_hidden, project_tokens
+from toolkit.training.plan import Rows
+
+Batch = dict[str, torch.Tensor]
+
+
+class Objective(Protocol):
+    """A module whose ``forward(batch)`` returns a summed loss, so that DDP and FSDP can wrap it."""
+
+    model: nn.Module
+
+    def batch(self, rows: Rows, *, step: int) -> Batch:
+        """Return the tensors of ``rows`` on the CPU; empty ``rows`` give a batch of weight 0."""
+
+    def weight(self, batch: Batch) -> float:
+        """Return how many losses ``forward`` sums: rows, or predicted tokens."""
+
+
+class ClassificationObjective(nn.Module):
+    """Cross entropy of the pooled token's logits, summed over rows."""
+
+    def __init__(self, model: nn.Module, *, table: TokenTable, labels: Rows, pad_id: int) -> None:
+        super().__init__()
+        self.model = model
+        self._table, self._labels, self._pad_id = table, labels, pad_id
+
+    def batch(self, rows: Rows, *, step: int) -> Batch:
+        """Return ``input_ids`` (B, T), ``attention_mask`` (B, T), ``labels`` (B,)."""
+        if len(rows) == 0:
+            batch = collate(self._table, self._labels, np.zeros(1, dtype=np.int64), pad_id=self._pad_id)
+            return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+        return collate(self._table, self._labels, rows, pad_id=self._pad_id)
+
+    def weight(self, batch: Batch) -> float:
+        """Return the number of rows with a label."""
+        return float((batch["labels"] >= 0).sum())
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Return the summed loss, a scalar."""
+        logits = classify(self.model, batch)
+        return functional.cross_entropy(logits.float(), batch["labels"], reduction="sum", ignore_index=-100)
+
+
+class LanguageModelingObjective(nn.Module):
+    """Next-token (GPT-2) or masked-token (DistilBERT; Devlin et al. 2019) cross entropy, summed over tokens.
+
+    With ``target_tokens`` the softmax runs over the most frequent tokens of the corpus alone; positions whose target is
+    rarer carry no loss. At small widths the softmax is most of the work.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        table: TokenTable,
+        settings: LanguageModelingSettings,
+        mask_id: int | None,
+        special_ids: tuple[int, ...],
+        pad_id: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._table, self._settings, self._mask_id = table, settings, mask_id
+        self._pad_id, self._seed = pad_id, seed
+        vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        self._special = torch.tensor(special_ids, dtype=torch.int64)
+        self._targets = frequent_tokens(table, vocabulary=vocabulary, count=settings.target_tokens)
+        self._class_of = torch.full((vocabulary,), -100)
+        self._class_of[self._targets] = torch.arange(len(self._targets))
+        self._vocabulary = vocabulary
+
+    def batch(self, rows: Rows, *, step: int) -> Batch:
+        """Return ``input_ids`` and ``attention_mask`` (B, T), ``positions`` (P,) into B*T, ``labels`` (P,)."""
+        empty = len(rows) == 0
+        used = np.zeros(1, dtype=np.int64) if empty else rows
+        batch = collate(self._table, None, used, pad_id=self._pad_id)
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        if self._mask_id is None:
+            targets, chosen = ids[:, 1:], mask[:, 1:]
+            chosen = functional.pad(chosen, (0, 1))
+            targets = functional.pad(targets, (0, 1))
+        else:
+            targets = ids
+            ids, chosen = self._mask(ids, mask, step=step, first=int(used[0]))
+        labels = self._class_of[targets]
+        chosen = chosen & (labels >= 0) & (not empty)
+        positions = chosen.flatten().nonzero().squeeze(1)
+        return {**batch, "input_ids": ids, "positions": positions, "labels": labels.flatten()[positions]}
+
+    def _mask(
+        self, ids: torch.Tensor, real: torch.Tensor, *, step: int, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose and replace tokens: 80 % by the mask, 10 % by a random token, 10 % kept (Devlin et al. 2019)."""
+        # Drawn from the step and the first row, never from a running generator: a resumed run masks the same tokens.
+        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + step) * 1_000_003 + first)
+        eligible = real & ~torch.isin(ids, self._special)
+        chosen = eligible & (torch.rand(ids.shape, generator=generator) < self._settings.mask_probability)
+        fate = torch.rand(ids.shape, generator=generator)
+        noise = torch.randint(self._vocabulary, ids.shape, generator=generator)
+        masked = torch.where(chosen & (fate < 0.8), torch.tensor(self._mask_id), ids)
+        return torch.where(chosen & (fate >= 0.9), noise, masked), chosen
+
+    def weight(self, batch: Batch) -> float:
+        """Return the number of predicted tokens."""
+        return float(len(batch["labels"]))
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Return the summed loss, a scalar."""
+        hidden = language_model_hidden(self.model, batch)
+        chosen = hidden.reshape(-1, hidden.shape[-1])[batch["positions"]]
+        logits = project_tokens(self.model, chosen, self._targets.to(chosen.device))
+        return functional.cross_entropy(logits.float(), batch["labels"], reduction="sum")
+
+
+def frequent_tokens(table: TokenTable, *, vocabulary: int, count: int | None) -> torch.Tensor:
+    """Return the ids, ascending, of the ``count`` most frequent tokens of ``table``; all ids for None."""
+    if count is None or count >= vocabulary:
+        return torch.arange(vocabulary)
+    counts = np.bincount(table.ids, minlength=vocabulary)
+    # Stable, so that ties fall the same way everywhere.
+    chosen = np.argsort(-counts, kind="stable")[:count]
+    return torch.from_numpy(np.sort(chosen))
+
+
+def mean_loss(objective: Any, batches: list[Batch], *, prepare: Callable[[Batch], Batch]) -> float:
+    """Return the mean loss over ``batches`` without gradients."""
+    total, weight = 0.0, 0.0
+    with torch.no_grad():
+        for batch in batches:
+            total += float(objective(prepare(batch)))
+            weight += objective.weight(batch)
+    return total / max(weight, 1.0)

@@ -1,0 +1,319 @@
+"""The training loop: a step, when to log, evaluate, save and stop."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from toolkit.adapters.apply import load_trainable_state
+from toolkit.config.schema import Recipe
+from toolkit.errors import DivergedError, OutOfMemoryError, StoppedError
+from toolkit.runtime import resident_bytes
+from toolkit.training.checkpoint import Checkpoint, load_checkpoint, rotate, save_checkpoint, steps_on_disk
+from toolkit.training.optim import learning_rate
+from toolkit.training.plan import StepPlan
+from toolkit.training.state import Progress, capture, restore
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one line of metrics.jsonl says of training.
+
+    Attributes:
+        step: Optimizer steps done.
+        epoch: Passes over the rows done.
+        loss: Mean loss over the steps since the last line.
+        learning_rate: Rate of this step.
+        grad_norm: Norm of the gradient before clipping.
+        tokens_per_second: Real tokens over the time of all steps so far.
+        memory_bytes: Memory held now: allocated on CUDA, resident on a CPU.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_second: float
+    memory_bytes: int
+
+
+class Observer(Protocol):
+    """Hears of training while it happens."""
+
+    def step(self, step: int, loss: float) -> None:
+        """Hear a step and its mean loss."""
+
+    def logged(self, record: StepRecord) -> None:
+        """Hear a log line."""
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hear a validation result."""
+
+
+class Trainer:
+    """Trains an objective's model along a plan.
+
+    Args:
+        objective: Module whose ``forward(batch)`` is a summed loss (see ``training.objectives``).
+        optimizer: Over the parameters that train.
+        accelerator: The processes and the precision.
+        plan: Which rows each step sees.
+        recipe: Settings of training, evaluation and output.
+        checkpoints: Folder of the checkpoints.
+        inputs: Hashes of data and base, kept in every checkpoint.
+        evaluate: Returns validation metrics, or None where there are no validation rows.
+        observer: Hears of steps, log lines and evaluations.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: Any,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+        plan: StepPlan,
+        recipe: Recipe,
+        checkpoints: pathlib.Path,
+        inputs: dict[str, str],
+        evaluate: Callable[[], dict[str, float]] | None,
+        observer: Observer,
+    ) -> None:
+        self.model: nn.Module = objective.model
+        self.accelerator, self.plan, self.recipe = accelerator, plan, recipe
+        self.checkpoints, self.inputs = checkpoints, inputs
+        self._objective = objective
+        self._wrapped, self.optimizer = accelerator.prepare(objective, optimizer)
+        self._evaluate, self._observer = evaluate, observer
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._signal: int | None = None
+        self.progress = Progress()
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint."""
+        self.progress = restore(checkpoint, self.model, self.optimizer, self.accelerator)
+
+    def fit(self) -> Progress:
+        """Train to the end of the plan, or until patience runs out; leave the best weights in the model.
+
+        Raises:
+            DivergedError: On a non-finite loss, gradient or weight, within the step.
+            OutOfMemoryError: When a step does not fit.
+            StoppedError: After SIGINT or SIGTERM, once a checkpoint is saved.
+        """
+        with self._catching_signals():
+            while self.progress.step < self.plan.total_steps and not self.progress.stopped_early:
+                loss = self._timed_step()
+                self._after_step(loss)
+        self._load_best()
+        return self.progress
+
+    def _timed_step(self) -> float:
+        started = time.perf_counter()
+        try:
+            record = self._step(self.progress.step)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(self._memory_advice()) from error
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):
+                raise
+            raise OutOfMemoryError(self._memory_advice()) from error
+        elapsed = time.perf_counter() - started
+        self.progress.train_seconds += elapsed
+        self.progress.seconds += elapsed
+        self.progress.step += 1
+        return record
+
+    def _step(self, step: int) -> float:
+        """Take one optimizer step over a global batch and return its mean loss."""
+        rows = self.plan.micro_batches(step, rank=self.accelerator.process_index)
+        batches = [self._objective.batch(part, step=step) for part in rows]
+        # The mean is over the whole window, so a short last one and uneven processes weigh every row alike.
+        weight = self._total(sum(self._objective.weight(batch) for batch in batches))
+        tokens = self._total(sum(float(batch["attention_mask"].sum()) for batch in batches))
+        self._wrapped.train()
+        loss = 0.0
+        for index, batch in enumerate(batches):
+            loss += self._backward(self._to_device(batch), weight, last=index == len(batches) - 1)
+        loss = self._total(loss)
+        self._check_finite(loss, "loss", step)
+        self._grad_norm = self._clip()
+        if self.accelerator.scaler is None:
+            self._check_finite(self._grad_norm, "gradient norm", step)
+        self._rate = learning_rate(step, total=self.plan.total_steps, settings=self.recipe.training)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._check_weights(step)
+        self.progress.tokens += int(tokens)
+        return loss
+
+    def _backward(self, batch: dict[str, torch.Tensor], weight: float, *, last: bool) -> float:
+        """Add one micro-batch's share of the mean loss to the gradients; return that share."""
+        synchronise = nullcontext() if last else self.accelerator.no_sync(self._wrapped)
+        with synchronise:
+            with self.accelerator.autocast():
+                share = self._wrapped(batch) / weight
+            # DDP averages gradients over processes; the mean above is already global.
+            self.accelerator.backward(share * self.accelerator.num_processes)
+        return float(share.detach())
+
+    def _clip(self) -> float:
+        limit = self.recipe.training.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(self._trained, math.inf if limit is None else limit)
+        return 0.0 if norm is None else float(norm)
+
+    def _total(self, value: float) -> float:
+        """Return the sum of ``value`` over the processes."""
+        if self.accelerator.num_processes == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.accelerator.device)
+        return float(self.accelerator.reduce(tensor, reduction="sum"))  # type: ignore[arg-type]
+
+    def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _check_finite(self, value: float, what: str, step: int) -> None:
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"training diverged: {what} is {value} at step {step + 1} "
+                f"(lower training.learning_rate, now {self.recipe.training.learning_rate:g}; {self._last_good()})"
+            )
+
+    def _check_weights(self, step: int) -> None:
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm([p.detach() for p in self._trained])])
+        self._check_finite(float(norms.sum()), "a trained weight", step)
+
+    def _last_good(self) -> str:
+        steps = steps_on_disk(self.checkpoints)
+        return f"the last checkpoint, step {steps[0]}, is finite" if steps else "no checkpoint was saved yet"
+
+    def _memory_advice(self) -> str:
+        training = self.recipe.training
+        half = max(1, training.batch_size // 2)
+        wider = training.gradient_accumulation_steps * (training.batch_size // half)
+        setting = (
+            f"training.batch_size={half} training.gradient_accumulation_steps={wider} keeps the effective batch"
+            if training.batch_size > 1
+            else "training.gradient_checkpointing=true or a smaller model.max_length"
+        )
+        return f"out of memory at step {self.progress.step + 1} (try {setting}; {self._last_good()})"
+
+    def _after_step(self, loss: float) -> None:
+        progress, step = self.progress, self.progress.step
+        progress.pending_loss += loss
+        progress.pending_steps += 1
+        last = step == self.plan.total_steps
+        if step % self.recipe.output.log_every == 0 or last:
+            self._write_log()
+        self._observer.step(step, loss)
+        better = self._is_due(self.recipe.evaluation.every) and self._validate()
+        stopping = self._stop_signal()
+        if better or last or progress.stopped_early or stopping or self._is_due(self.recipe.output.save_every):
+            self.save()
+        if stopping:
+            raise StoppedError(
+                f"stopped by {signal.Signals(stopping).name} after step {step}; the same command goes on from there",
+                signal_number=stopping,
+            )
+
+    def _is_due(self, every: Literal["epoch", "end"] | int) -> bool:
+        step = self.progress.step
+        if step == self.plan.total_steps:
+            return True
+        period = {"epoch": self.plan.steps_per_epoch, "end": 0}.get(every, every) if isinstance(every, str) else every
+        return period > 0 and step % period == 0
+
+    def _write_log(self) -> None:
+        progress, device = self.progress, self.accelerator.device
+        held = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
+        record = StepRecord(
+            step=progress.step,
+            epoch=round(self.plan.epoch_of(progress.step), 4),
+            loss=progress.pending_loss / progress.pending_steps,
+            learning_rate=self._rate,
+            grad_norm=self._grad_norm,
+            tokens_per_second=round(progress.tokens / progress.train_seconds, 1),
+            memory_bytes=held,
+        )
+        progress.pending_loss, progress.pending_steps = 0.0, 0
+        self._observer.logged(record)
+
+    def _validate(self) -> bool:
+        """Evaluate; return whether this is the best so far."""
+        if self._evaluate is None:
+            return False
+        started = time.perf_counter()
+        metrics = self._evaluate()
+        progress = self.progress
+        progress.seconds += time.perf_counter() - started
+        progress.evaluated[str(progress.step)] = metrics
+        self._observer.evaluated(progress.step, metrics)
+        better = self._is_better(metrics)
+        if better:
+            name = self.recipe.evaluation.metric
+            progress.best_step, progress.best_value, progress.best_loss = progress.step, metrics[name], metrics["loss"]
+        progress.stale = 0 if better else progress.stale + 1
+        patience = self.recipe.evaluation.early_stopping_patience
+        progress.stopped_early = patience is not None and progress.stale >= patience
+        return better
+
+    def _is_better(self, metrics: dict[str, float]) -> bool:
+        best, best_loss = self.progress.best_value, self.progress.best_loss
+        if best is None or best_loss is None:
+            return True
+        name = self.recipe.evaluation.metric
+        value = metrics[name] if name != "loss" else -metrics[name]
+        best = best if name != "loss" else -best
+        # Accuracy on a small validation part ties often; the lower loss decides.
+        return (value, -metrics["loss"]) > (best, -best_loss)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless there is one, and let old ones go."""
+        started = time.perf_counter()
+        progress = self.progress
+        tensors, state = capture(self.model, self.optimizer, self.accelerator, progress)
+        if self.accelerator.is_main_process and progress.step not in steps_on_disk(self.checkpoints):
+            save_checkpoint(self.checkpoints, progress.step, tensors=tensors, state={**state, "inputs": self.inputs})
+            protected = set() if progress.best_step is None else {progress.best_step}
+            rotate(self.checkpoints, keep=self.recipe.output.keep, protected=protected)
+        self.accelerator.wait_for_everyone()
+        progress.seconds += time.perf_counter() - started
+
+    def _load_best(self) -> None:
+        best = self.progress.best_step
+        if best is not None and best != self.progress.step:
+            checkpoint = load_checkpoint(self.checkpoints / f"step-{best}")
+            load_trainable_state(self.model, checkpoint.tensors["trainable"])
+
+    @contextmanager
+    def _catching_signals(self) -> Iterator[None]:
+        def remember(number: int, frame: FrameType | None) -> None:
+            self._signal = number
+
+        previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _stop_signal(self) -> int | None:
+        """Return the signal that any process received, so that all stop at the same step."""
+        number = self._signal or 0
+        if self.accelerator.num_processes > 1:
+            tensor = torch.tensor([float(number)], device=self.accelerator.device)
+            number = int(self.accelerator.gather(tensor).max())  # type: ignore[union-attr]
+        return number or None
