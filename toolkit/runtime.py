@@ -96,20 +96,20 @@ def reset_peak_memory(device: torch.device) -> None:
         clear_refs.write_text("5")
 
 
-def peak_memory(device: torch.device) -> dict[str, int | str]:
-    """Return ``{"peak_bytes", "kind"}`` since the last reset: allocated on CUDA, resident on a CPU."""
+def peak_memory(device: torch.device) -> tuple[int, str]:
+    """Return the peak in bytes since the last reset, and what it counts: allocated on CUDA, resident on a CPU."""
     import torch
 
     if device.type == "cuda":
-        return {"peak_bytes": torch.cuda.max_memory_allocated(device), "kind": "cuda allocated"}
+        return torch.cuda.max_memory_allocated(device), "cuda allocated"
     status = pathlib.Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return {"peak_bytes": int(line.split()[1]) * 1024, "kind": "resident set"}
+        return int(line.split()[1]) * 1024, "resident set"
     import resource
 
     scale = 1 if platform.system() == "Darwin" else 1024
-    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale, "kind": "resident set"}
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale, "resident set"
 
 
 def resident_bytes() -> int:

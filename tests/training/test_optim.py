@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -23,8 +24,8 @@ def test_linear_rises_to_the_peak_and_ends_just_above_zero():
     assert values[10] == 1.0
     assert max(values) == 1.0
     assert values[-1] == pytest.approx(1 / 90)
-    assert all(a < b for a, b in zip(values[:10], values[1:11], strict=True))
-    assert all(a > b for a, b in zip(values[10:], values[11:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(values[:11]))
+    assert all(a > b for a, b in itertools.pairwise(values[10:]))
 
 
 def test_linear_decay_is_torchs_own():
@@ -64,10 +65,18 @@ def test_every_rate_is_positive_and_finite():
 def test_biases_and_norms_do_not_decay_and_frozen_weights_are_left_out():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     model[2].requires_grad_(False)
-    decayed, plain = parameter_groups(model.named_parameters(), 0.1)
+    decayed, plain = parameter_groups(model.named_parameters(), TrainingSettings(weight_decay=0.1))
     assert [p.shape for p in decayed["params"]] == [(4, 4)]
     assert [p.shape for p in plain["params"]] == [(4,), (4,), (4,)]
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+
+
+def test_embeddings_have_their_own_rate_and_no_decay():
+    model = nn.ModuleDict({"wte": nn.Embedding(5, 4), "body": nn.Linear(4, 4)})
+    settings = TrainingSettings(learning_rate=1e-2, embedding_learning_rate=1e-3)
+    *_, embedded = parameter_groups(model.named_parameters(), settings, embeddings=("wte",))
+    assert [p.shape for p in embedded["params"]] == [(5, 4)]
+    assert (embedded["rate_scale"], embedded["weight_decay"]) == (pytest.approx(0.1), 0.0)
 
 
 def test_fused_adamw_steps_like_the_plain_one():

@@ -91,6 +91,12 @@ RULES = (
         "method lora, or quantization: null",
     ),
     Rule(
+        ("quantization",),
+        lambda r: r.quantization is not None and r.model.random_init,
+        "random weights cannot be stored quantised",
+        "model.random_init: false, or quantization: null",
+    ),
+    Rule(
         ("model", "embeddings_from"),
         lambda r: r.model.embeddings_from is not None and not r.model.random_init,
         "would overwrite trained embeddings",

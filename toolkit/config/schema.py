@@ -132,6 +132,9 @@ class TrainingSettings(Section):
     batch_size: PositiveInt = Field(default=8, description="Texts per device and micro-step.")
     gradient_accumulation_steps: PositiveInt = Field(default=1, description="Micro-steps per optimizer step.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(default=2e-4, description="Peak learning rate.")
+    embedding_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Peak learning rate of trained embeddings; null: learning_rate."
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.01, description="Decoupled decay of matrices; none on biases and norms."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,23 +13,45 @@ from toolkit.config.schema import TrainingSettings
 from toolkit.errors import CapabilityError, Problem
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, object]]:
-    """Return two groups of the parameters that train: matrices with decay, vectors without."""
-    trained = [parameter for _, parameter in named if parameter.requires_grad]
-    groups: list[dict[str, object]] = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], settings: TrainingSettings, *, embeddings: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
+    """Return groups of the parameters that train: matrices with decay, vectors without, embeddings with their own rate.
+
+    Args:
+        named: ``model.named_parameters()``.
+        settings: Weight decay and learning rates.
+        embeddings: Module paths of the embeddings (``Family.embeddings``).
+
+    Returns:
+        Optimizer groups; ``rate_scale`` is a group's learning rate over ``settings.learning_rate``.
+    """
+    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    own_rate = settings.embedding_learning_rate
+    embedded = [p for name, p in trained if own_rate is not None and _is_within(name, embeddings)]
+    others = [p for _, p in trained if not any(p is other for other in embedded)]
+    scale = 1.0 if own_rate is None else own_rate / settings.learning_rate
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": settings.weight_decay, "rate_scale": 1.0},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "rate_scale": 1.0},
+        {"params": embedded, "weight_decay": 0.0, "rate_scale": scale},
     ]
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+def _is_within(name: str, modules: tuple[str, ...]) -> bool:
+    return any(name.startswith(f"{module}.") or f".{module}." in name for module in modules)
+
+
+def build_optimizer(
+    model: nn.Module, settings: TrainingSettings, *, embeddings: tuple[str, ...] = ()
+) -> torch.optim.Optimizer:
     """Return the optimizer that ``settings.optimizer`` names, over the parameters that train.
 
     Raises:
         CapabilityError: If bitsandbytes is asked for and cannot be imported.
     """
-    groups = parameter_groups(model.named_parameters(), settings.weight_decay)
+    groups = parameter_groups(model.named_parameters(), settings, embeddings=embeddings)
     rate = settings.learning_rate
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=0.9)

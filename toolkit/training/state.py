@@ -103,10 +103,7 @@ def _random_state(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if accelerator.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(accelerator.device)
-    return {
-        name: accelerator.gather(state.unsqueeze(0).to(accelerator.device)).cpu()  # type: ignore[union-attr]
-        for name, state in states.items()
-    }
+    return {name: accelerator.gather(state.unsqueeze(0).to(accelerator.device)).cpu() for name, state in states.items()}
 
 
 def _load_random_state(states: Mapping[str, torch.Tensor], accelerator: Accelerator) -> None:

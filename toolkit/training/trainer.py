@@ -153,7 +153,7 @@ class Trainer:
             self._check_finite(self._grad_norm, "gradient norm", step)
         self._rate = learning_rate(step, total=self.plan.total_steps, settings=self.recipe.training)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate
+            group["lr"] = self._rate * group["rate_scale"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._check_weights(step)
@@ -180,7 +180,7 @@ class Trainer:
         if self.accelerator.num_processes == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.float64, device=self.accelerator.device)
-        return float(self.accelerator.reduce(tensor, reduction="sum"))  # type: ignore[arg-type]
+        return float(self.accelerator.reduce(tensor, reduction="sum"))
 
     def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
@@ -233,8 +233,9 @@ class Trainer:
         step = self.progress.step
         if step == self.plan.total_steps:
             return True
-        period = {"epoch": self.plan.steps_per_epoch, "end": 0}.get(every, every) if isinstance(every, str) else every
-        return period > 0 and step % period == 0
+        if every == "end":
+            return False
+        return step % (self.plan.steps_per_epoch if every == "epoch" else every) == 0
 
     def _write_log(self) -> None:
         progress, device = self.progress, self.accelerator.device
@@ -315,5 +316,5 @@ class Trainer:
         number = self._signal or 0
         if self.accelerator.num_processes > 1:
             tensor = torch.tensor([float(number)], device=self.accelerator.device)
-            number = int(self.accelerator.gather(tensor).max())  # type: ignore[union-attr]
+            number = int(self.accelerator.gather(tensor).max())
         return number or None

@@ -1,0 +1,72 @@
+"""The loading snippet of the model card, run as it stands, gives the toolkit's own answers."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trained import INT8, LABELS, LORA, MAX_LENGTH, NF4, build_run
+
+from toolkit.config.schema import FullMethod
+from toolkit.export.artifact import find_artifact
+from toolkit.inference.predict import Classifier
+from toolkit.report.model_card import loading_snippet
+
+PicoFolder = Callable[[str], Path]
+
+
+def record_of(run: Path) -> Any:
+    """The part of result.json that the snippet is made of."""
+    artifact = find_artifact(run)
+    manifest = artifact.manifest
+    return {
+        "base": {**manifest.base.model_dump(), "model_type": manifest.model_type},
+        "artifact": {"kind": artifact.kind, "folder": artifact.folder.name, "max_length": MAX_LENGTH},
+        "data": {"labels": list(LABELS)},
+        "quantization": manifest.quantization,
+    }
+
+
+def execute(snippet: str) -> list[str]:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(snippet, "README.md", "exec"), {})
+    return printed.getvalue().splitlines()
+
+
+# peft's PeftModel reads an attribute that transformers renamed.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+@pytest.mark.parametrize(("quantization", "close"), [(None, 2e-4), (NF4, 2e-2), (INT8, 2e-2)])
+def test_adapter(
+    family: str,
+    quantization: Any,
+    close: float,
+    pico_cache: PicoFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = build_run(tmp_path / "run", pico_cache(family), method=LORA, quantization=quantization)
+    monkeypatch.chdir(run)
+    lines = execute(loading_snippet(record_of(run)))
+    expected = Classifier.load(run, device="cpu").predict(["A text to classify", "Another one"])
+    assert len(lines) == 2
+    for line, prediction in zip(lines, expected, strict=True):
+        assert line.startswith(prediction.text)
+        # Printed to four digits; a stock 4-bit layer computes with bf16 scales on some CPUs.
+        assert ast.literal_eval(line.removeprefix(prediction.text)) == pytest.approx(prediction.scores, abs=close)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+def test_model(family: str, pico_cache: PicoFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = build_run(tmp_path / "run", pico_cache(family), method=FullMethod(name="full"))
+    monkeypatch.chdir(run)
+    (line,) = execute(loading_snippet(record_of(run)))
+    (prediction,) = Classifier.load(run, device="cpu").predict(["A text to classify"])
+    found = {score["label"]: score["score"] for score in ast.literal_eval(line)[0]}
+    assert found == pytest.approx(prediction.scores, abs=1e-5)

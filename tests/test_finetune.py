@@ -1,0 +1,360 @@
+"""The whole way: a recipe in, an artifact that stock libraries load out; killed, resumed, repeated."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pico import pico_cache
+from safetensors.torch import load_file
+
+from toolkit.config.load import load_recipe
+from toolkit.errors import CheckpointError, DivergedError, OutputError
+from toolkit.finetune import finetune
+from toolkit.report.run_record import RunRecord
+
+__all__ = ["pico_cache"]
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "train.py"
+HAM = ["are we still on for dinner tonight", "see you at the station", "call me when you are home", "ok thanks dear"]
+SPAM = ["you are a winner of a cash award", "free prize call now", "claim your reward today", "win a free phone now"]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """120 short messages of two labels, no two alike."""
+    path = tmp_path / "messages.csv"
+    rows = [f"{'ham' if i % 2 else 'spam'},{(HAM if i % 2 else SPAM)[i // 2 % 4]} {i}" for i in range(120)]
+    path.write_text("label,text\n" + "\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, data: Path, pico_cache):
+    """Write a recipe of a few steps on a pico model."""
+
+    def write(family: str = "gpt2", extra: str = "") -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(
+            f"model: {{base: '{pico_cache(family)}', max_length: 32}}\n"
+            f"data: {{source: '{data}'}}\n"
+            f"training: {{max_steps: 14, batch_size: 4, gradient_accumulation_steps: 2, learning_rate: 1e-2}}\n"
+            f"evaluation: {{every: 5}}\noutput: {{dir: '{tmp_path / 'run'}', save_every: 3, log_every: 1}}\n{extra}"
+        )
+        return path
+
+    return write
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found = sorted(folder.glob("*.safetensors"))
+    assert found, folder
+    return {name: tensor for file in found for name, tensor in load_file(file).items()}
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line.get("loss", line.get("validation")) for line in lines]
+
+
+METHODS = ["method: {name: full}", "method: {name: head}", "method: {name: last_n, n: 1}", "method: {name: lora, r: 4}"]
+QUANTISED = [
+    "method: {name: lora, r: 4}\nquantization: {bits: 4}",
+    "method: {name: lora, r: 4}\nquantization: {bits: 8}",
+]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+@pytest.mark.parametrize("method", METHODS + QUANTISED)
+def test_every_method_leaves_the_run_folder_of_the_contract(recipe_file, tmp_path, family, method):
+    record: RunRecord = finetune(load_recipe(recipe_file(family, method)))
+    run = tmp_path / "run"
+    kind = "adapter" if "lora" in method else "model"
+    for name in ("recipe.yaml", "result.json", "metrics.jsonl", "README.md", "report.html", "curves.png", kind):
+        assert (run / name).exists(), name
+    assert json.loads((run / "result.json").read_text()) == record
+    assert record["steps"] == 14
+    assert record["data"]["rows"] == {"train": 84, "validation": 12, "test": 24}
+    assert 0 < record["parameters"]["trainable"] <= record["parameters"]["total"]
+    assert {"loss", "accuracy", "f1_macro"} <= set(record["metrics"]["test"])
+    assert record["memory"]["peak_bytes"] > 0
+    assert record["timing"]["tokens_per_second"] > 0
+    assert record["base"]["offline"] is False
+    from toolkit.inference.predict import Classifier
+
+    prediction = Classifier.load(run).predict(["free prize call now"])[0]
+    assert prediction.label in ("ham", "spam")
+    assert sum(prediction.scores.values()) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+def test_it_learns(recipe_file, family):
+    recipe = load_recipe(recipe_file(family, "method: {name: full}"), ["training.max_steps=40"])
+    record = finetune(recipe)
+    assert record["metrics"]["test"]["accuracy"] == 1.0
+
+
+def test_the_same_recipe_twice_is_bit_equal(recipe_file, tmp_path):
+    path = recipe_file()
+    for name in ("a", "b"):
+        finetune(load_recipe(path, [f"output.dir={tmp_path / name}"]))
+    assert same_weights(tmp_path / "a" / "adapter", tmp_path / "b" / "adapter")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_another_seed_is_another_run(recipe_file, tmp_path):
+    path = recipe_file()
+    finetune(load_recipe(path, [f"output.dir={tmp_path / 'a'}"]))
+    finetune(load_recipe(path, [f"output.dir={tmp_path / 'b'}", "training.seed=7"]))
+    assert not same_weights(tmp_path / "a" / "adapter", tmp_path / "b" / "adapter")
+
+
+@pytest.mark.parametrize("rows", [8, 4, 2, 1])
+def test_accumulation_changes_no_loss_and_no_weight(recipe_file, tmp_path, rows, pico_no_dropout):
+    """Also on the short last window of an epoch: 84 rows are ten windows of 8 and one of 4."""
+    path = recipe_file("gpt2", "method: {name: full}")
+    settings = ["training.epochs=2", "training.learning_rate=1e-3", f"model.base={pico_no_dropout}"]
+    whole = ["training.batch_size=8", "training.gradient_accumulation_steps=1", f"output.dir={tmp_path / 'whole'}"]
+    parts = [
+        f"training.batch_size={rows}", f"training.gradient_accumulation_steps={8 // rows}",
+        f"output.dir={tmp_path / 'parts'}",
+    ]  # fmt: skip
+    for chosen in (whole, parts):
+        finetune(load_recipe(path, settings + chosen))
+    a, b = weights(tmp_path / "whole" / "model"), weights(tmp_path / "parts" / "model")
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=2e-5), name
+
+
+@pytest.fixture
+def pico_no_dropout(pico_cache, tmp_path: Path) -> Path:
+    """The pico GPT-2 without dropout, whose masks depend on how a batch is cut."""
+    import shutil
+
+    folder = tmp_path / "no-dropout"
+    shutil.copytree(pico_cache("gpt2"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}))
+    return folder
+
+
+def launch(recipe: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent.parent)}
+    command = [sys.executable, *launcher, str(SCRIPT), str(recipe), *overrides]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> str:
+    output, _ = process.communicate(timeout=240)
+    return output.decode()
+
+
+@pytest.mark.parametrize(("family", "extra"), [("gpt2", ""), ("distilbert", QUANTISED[0])])
+def test_killed_anywhere_and_started_again_ends_bit_equal(recipe_file, tmp_path, family, extra):
+    path = recipe_file(family, extra)
+    plain = launch(path, f"output.dir={tmp_path / 'plain'}")
+    assert plain.wait(timeout=240) == 0, finish(plain)
+    seed = random.randrange(1 << 30)
+    chance = random.Random(seed)
+    print("seed", seed)
+    killed = tmp_path / "killed"
+    for _ in range(3):
+        process = launch(path, f"output.dir={killed}")
+        # Wait for training to begin, so that the kill falls into a step or a save.
+        lines = len((killed / "metrics.jsonl").read_bytes()) if (killed / "metrics.jsonl").exists() else 0
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            now = len((killed / "metrics.jsonl").read_bytes()) if (killed / "metrics.jsonl").exists() else 0
+            if now != lines:
+                break
+            time.sleep(0.01)
+        time.sleep(chance.random() * 0.3)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    last = launch(path, f"output.dir={killed}")
+    assert last.wait(timeout=240) == 0, finish(last)
+    assert same_weights(tmp_path / "plain" / "adapter", killed / "adapter")
+    assert losses(tmp_path / "plain") == losses(killed)
+    for process in (plain, last):
+        process.stdout.close()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_goes_on_bit_equal(recipe_file, tmp_path, number, code):
+    path = recipe_file()
+    finetune(load_recipe(path, [f"output.dir={tmp_path / 'plain'}", "output.save_every=end"]))
+    stopped = tmp_path / "stopped"
+    process = launch(path, f"output.dir={stopped}", "output.save_every=end")
+    while not (stopped / "metrics.jsonl").exists() or not (stopped / "metrics.jsonl").read_bytes():
+        assert process.poll() is None, finish(process)
+        time.sleep(0.01)
+    process.send_signal(number)
+    output = finish(process)
+    assert process.returncode == code, output
+    assert f"stopped by {number.name} after step" in output
+    assert "Traceback" not in output
+    assert len(list((stopped / "checkpoints").glob("step-*"))) == 1
+    finetune(load_recipe(path, [f"output.dir={stopped}", "output.save_every=end"]))
+    assert losses(stopped) == losses(tmp_path / "plain")
+    assert same_weights(stopped / "adapter", tmp_path / "plain" / "adapter")
+
+
+def test_two_processes_give_the_single_process_curve(recipe_file, tmp_path, pico_no_dropout):
+    path = recipe_file("gpt2", "method: {name: full}")
+    common = [f"model.base={pico_no_dropout}", "training.gradient_accumulation_steps=1", "training.max_steps=12"]
+    finetune(load_recipe(path, [*common, "training.batch_size=8", f"output.dir={tmp_path / 'one'}"]))
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(_free_port()))
+    both = launch(path, *common, "training.batch_size=4", f"output.dir={tmp_path / 'two'}", launcher=launcher)
+    output = finish(both)
+    assert both.returncode == 0, output
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert (a["loss"] if isinstance(a, dict) else a) == pytest.approx(
+            b["loss"] if isinstance(b, dict) else b, rel=1e-4
+        )
+    assert json.loads((tmp_path / "two" / "result.json").read_text())["environment"]["processes"] == 2
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_a_finished_run_is_not_run_again(recipe_file, tmp_path):
+    path = recipe_file()
+    first = finetune(load_recipe(path))
+    before = (tmp_path / "run" / "result.json").stat().st_mtime_ns
+    assert finetune(load_recipe(path)) == first
+    assert (tmp_path / "run" / "result.json").stat().st_mtime_ns == before
+    again = finetune(load_recipe(path, ["output.overwrite=true", "training.max_steps=2"]))
+    assert again["steps"] == 2
+
+
+def test_a_changed_recipe_is_refused_by_field(recipe_file, tmp_path):
+    path = recipe_file()
+    finetune(load_recipe(path))
+    with pytest.raises(OutputError) as caught:
+        finetune(load_recipe(path, ["training.learning_rate=5e-3", "method.r=8"]))
+    assert [problem.field for problem in caught.value.problems] == ["method.r", "training.learning_rate"]
+
+
+def test_changed_data_is_refused_on_resume(recipe_file, tmp_path, data):
+    path = recipe_file()
+    with pytest.raises(DivergedError):
+        finetune(load_recipe(path, ["training.learning_rate=1e30", "output.save_every=1"]))
+    data.write_text(data.read_text().replace("dinner", "supper"))
+    with pytest.raises(Exception, match=r"messages\.csv|split"):
+        finetune(load_recipe(path, ["training.learning_rate=1e30", "output.save_every=1"]))
+
+
+def test_every_checkpoint_bad_names_each(recipe_file, tmp_path):
+    path = recipe_file()
+    overrides = ["training.learning_rate=1e30", "output.save_every=1"]
+    with pytest.raises(DivergedError, match="step"):
+        finetune(load_recipe(path, overrides))
+    saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert saved
+    for folder in saved:
+        (folder / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"state\.json does not match its checksum"):
+        finetune(load_recipe(path, overrides))
+
+
+def test_a_diverged_run_exits_3_and_its_last_checkpoint_is_finite(recipe_file, tmp_path):
+    process = launch(recipe_file(), "training.learning_rate=1e30", "output.save_every=1")
+    output = finish(process)
+    assert process.returncode == 3, output
+    assert "training diverged" in output
+    assert "Traceback" not in output
+    for folder in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / "trainable.safetensors").values())
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+HOLD = """
+import fcntl, os, sys, time
+lock = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.flock(lock, fcntl.LOCK_EX)
+os.write(lock, str(os.getpid()).encode())
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_in_use_is_refused_with_the_pid(recipe_file, tmp_path):
+    (tmp_path / "run").mkdir()
+    holder = [sys.executable, "-c", HOLD, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(holder, stdout=subprocess.PIPE) as held:
+        assert held.stdout.readline() == b"held\n"
+        with pytest.raises(OutputError, match=f"in use by process {held.pid}"):
+            finetune(load_recipe(recipe_file()))
+        held.kill()
+    assert finetune(load_recipe(recipe_file(), ["training.max_steps=1"]))["steps"] == 1
+
+
+def test_a_folder_with_other_files_is_left_alone(recipe_file, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    for overrides in ([], ["output.overwrite=true"]):
+        with pytest.raises(OutputError, match="holds other files"):
+            finetune(load_recipe(recipe_file(), overrides))
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_early_stopping_keeps_the_best_weights(recipe_file, tmp_path):
+    extra = "evaluation: {every: 1, early_stopping_patience: 3, metric: loss}\n"
+    path = recipe_file()
+    path.write_text(path.read_text().replace("evaluation: {every: 5}\n", extra))
+    record = finetune(load_recipe(path, ["training.max_steps=200", "training.learning_rate=3e-2"]))
+    assert record["status"] == "stopped early"
+    assert record["steps"] < 200
+    best = record["best"]
+    assert best["step"] < record["steps"]
+    assert record["metrics"]["validation"]["loss"] == pytest.approx(best["value"], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+def test_language_modeling_lowers_the_loss_and_a_classifier_starts_from_it(recipe_file, tmp_path, family):
+    path = recipe_file(family, "objective: language_modeling\n")
+    record = finetune(load_recipe(path, ["training.max_steps=60", "training.learning_rate=3e-3"]))
+    first = losses(tmp_path / "run")[0]
+    assert record["metrics"]["test"]["loss"] < first - 0.5
+    assert record["metrics"]["test"]["perplexity"] > 1
+    second = recipe_file(family)
+    tuned = finetune(load_recipe(second, [f"model.base={tmp_path / 'run' / 'model'}", f"output.dir={tmp_path / 'b'}"]))
+    assert tuned["base"]["used"] == str(tmp_path / "run" / "model")
+
+
+def test_gradient_checkpointing_changes_no_weight(recipe_file, tmp_path, pico_no_dropout):
+    path = recipe_file("gpt2", "method: {name: full}")
+    for name, value in (("a", "false"), ("b", "true")):
+        overrides = [f"model.base={pico_no_dropout}", f"training.gradient_checkpointing={value}"]
+        finetune(load_recipe(path, [*overrides, f"output.dir={tmp_path / name}"]))
+    a, b = weights(tmp_path / "a" / "model"), weights(tmp_path / "b" / "model")
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=1e-6), name
+
+
+def test_precision_bf16_runs_and_is_recorded(recipe_file):
+    record = finetune(load_recipe(recipe_file(), ["training.precision=bf16"]))
+    assert record["environment"]["precision"] == "bf16"

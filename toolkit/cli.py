@@ -1,0 +1,180 @@
+"""The commands. Each parses its arguments, calls one function of the toolkit, and prints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pathlib
+import sys
+from typing import Annotated, Any, Literal
+
+import typer
+
+from toolkit.console import OUT, TerminalListener, print_error, print_result
+from toolkit.errors import ToolkitError
+
+app = typer.Typer(
+    name="toolkit",
+    help="Fine-tune text classifiers on little memory: a recipe in, a classifier stock libraries load out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[OVERRIDE]...", help="dotted.path=value, for example training.epochs=1")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Folder = Annotated[pathlib.Path, typer.Argument(metavar="DIR", help="Run, adapter or model folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+@app.command()
+def train(recipe: RecipeFile, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Train what a recipe describes; go on where an interrupted run stopped."""
+    from toolkit.config.load import load_recipe
+    from toolkit.runtime import end_with_launcher, process_rank
+
+    end_with_launcher()
+    checked = load_recipe(recipe, overrides or [])
+    from toolkit.finetune import finetune
+    from toolkit.listener import SILENT
+
+    main = process_rank() == 0
+    record = finetune(checked, listener=TerminalListener() if main else SILENT)
+    if main:
+        print_result(record, pathlib.Path(str(checked.output.dir)))
+
+
+@app.command()
+def validate(recipe: RecipeFile, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Check a recipe and its files without loading a model."""
+    from toolkit.config.load import load_recipe
+    from toolkit.finetune import describe_inputs, read_inputs
+
+    checked = load_recipe(recipe, overrides or [])
+    for line in describe_inputs(*read_inputs(checked)):
+        OUT.print(line, markup=False, soft_wrap=True)
+    OUT.print(f"{recipe}: valid", markup=False, soft_wrap=True)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes."""
+    from toolkit.config.load import recipe_schema
+
+    sys.stdout.write(json.dumps(recipe_schema(), indent=2) + "\n")
+
+
+@app.command()
+def merge(
+    run: Folder,
+    output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="New folder for the merged model.")],
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"], typer.Option("--dtype", help="Storage type of the merged weights.")
+    ] = "fp32",
+    base: Annotated[str | None, typer.Option("--base", help="Base to merge into, where it has moved.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Merge into another base; recorded in the output.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Merge an adapter into its base: one standalone safetensors model, proven equal."""
+    from toolkit.export.merge import merge_adapter
+
+    report = merge_adapter(run, output, dtype=dtype, base=base, force=force)
+    OUT.print(str(report), markup=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    model: Folder,
+    data: Annotated[str, typer.Option("--data", help="Labelled csv, tsv, jsonl, parquet or npy file.")],
+    text_column: Annotated[str, typer.Option("--text-column")] = "text",
+    label_column: Annotated[str, typer.Option("--label-column")] = "label",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a trained classifier on a labelled file."""
+    from toolkit.inference.evaluate import evaluate as evaluate_file
+
+    metrics = evaluate_file(model, data, text_column=text_column, label_column=label_column, batch_size=batch_size)
+    if as_json:
+        sys.stdout.write(json.dumps(metrics) + "\n")
+    else:
+        print_metrics(metrics)
+
+
+def print_metrics(metrics: Any) -> None:
+    """Print the figures of an evaluation as a table per label."""
+    from rich.table import Table
+
+    low, high = metrics["accuracy_interval"]
+    OUT.print(f"rows {metrics['rows']:,}  loss {metrics['loss']:.4f}")
+    OUT.print(f"accuracy {metrics['accuracy']:.4f}  (95 % interval {low:.4f} to {high:.4f})")
+    OUT.print(f"f1_macro {metrics['f1_macro']:.4f}  mcc {metrics['mcc']:.4f}  ece {metrics['ece']:.4f}")
+    table = Table("label", "precision", "recall", "f1", "rows", box=None)
+    for label, figures in metrics["per_label"].items():
+        shown = [f"{figures[name]:.4f}" for name in ("precision", "recall", "f1")]
+        table.add_row(label, *shown, f"{figures['support']:,}")
+    OUT.print(table)
+
+
+@app.command()
+def predict(
+    model: Folder,
+    source: Annotated[str, typer.Argument(metavar="[FILE|-]", help="Texts, a line each; - reads stdin.")] = "-",
+    text_column: Annotated[str, typer.Option("--text-column", help="Column of a csv, tsv, jsonl file.")] = "text",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    debug: Debug = False,
+) -> None:
+    """Classify texts; prints one JSON line each: text, label, scores."""
+    from toolkit.inference.predict import predict_lines
+
+    for line in predict_lines(model, source, text_column=text_column, batch_size=batch_size):
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code.
+
+    Args:
+        arguments: Words after the program's name; None takes them from ``sys.argv``.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words:
+        words = ["--help"]
+    try:
+        result = app(words, standalone_mode=False, prog_name="toolkit")
+        return result if isinstance(result, int) else 0
+    except typer.TyperException as error:
+        print_error(f"toolkit: {_one_line(error)} (toolkit --help lists the commands and their options)")
+        return 2
+    except typer.Abort:
+        return 130
+    except BrokenPipeError:
+        # The reader has gone; Python would complain once more while it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        return 130
+    except ToolkitError as error:
+        if "--debug" in words:
+            raise
+        print_error(str(error))
+        return error.exit_code
+
+
+def _one_line(error: typer.TyperException) -> str:
+    format_message = getattr(error, "format_message", error.__str__)
+    return " ".join(str(format_message()).split())
+
+
+def run() -> None:
+    """Entry point of the ``toolkit`` console script."""
+    sys.exit(main())

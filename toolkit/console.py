@@ -1,0 +1,129 @@
+"""What a person sees on the terminal: progress, tables, and one line for every error."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from toolkit.report.run_record import RunRecord
+
+OUT = Console(highlight=False)
+ERR = Console(stderr=True, highlight=False)
+
+
+def human_bytes(count: float) -> str:
+    """Return ``412 MiB`` or ``1.2 GiB``."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def human_seconds(seconds: float) -> str:
+    """Return ``42 s`` or ``3 min 5 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+class TerminalListener:
+    """Shows a run on stderr: lines for what was decided, a bar for the steps.
+
+    The bar shows loss, tokens a second, memory and the time left; where stderr is no terminal, evaluations alone are
+    printed.
+    """
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        (self._bar.console if self._bar else ERR).print(text, markup=False, soft_wrap=True)
+
+    def begin(self, *, total: int, done: int) -> None:
+        """Open the progress bar at ``done`` of ``total`` steps."""
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]}  {task.fields[memory]}"),
+            TimeRemainingColumn(),
+            console=ERR,
+            disable=not ERR.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=total, completed=done, loss="-", speed="", memory="")
+        self._bar.start()
+
+    def step(self, step: int, loss: float) -> None:
+        """Move the bar to ``step``."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, loss=f"{loss:.3f}")
+
+    def logged(self, *, tokens_per_second: float, memory_bytes: int) -> None:
+        """Refresh speed and memory."""
+        if self._bar is not None and self._task is not None:
+            speed = f"{tokens_per_second:,.0f} tokens/s"
+            self._bar.update(self._task, speed=speed, memory=human_bytes(memory_bytes))
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print a validation result."""
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.say(f"step {step}: validation {figures}")
+
+    def end(self) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def print_result(record: RunRecord, folder: pathlib.Path) -> None:
+    """Print the figures of a finished run and where its files lie."""
+    table = Table(title=f"{record['name']}: {record['status']}", title_justify="left", show_header=False, box=None)
+    for name, value in _rows(record):
+        table.add_row(name, value)
+    OUT.print(table)
+    artifact = record["artifact"]["folder"]
+    for label, name in (("report", "report.html"), ("card", "README.md"), (artifact, artifact)):
+        # Never wrapped: a path is there to be copied.
+        OUT.print(f"{label + ':':<10}{folder / name}", soft_wrap=True, markup=False)
+
+
+def _rows(record: RunRecord) -> list[tuple[str, str]]:
+    base, parameters, timing = record["base"], record["parameters"], record["timing"]
+    used = base["used"] + (f"  (offline, instead of {base['requested']})" if base["offline"] else "")
+    served = ", ".join(f"{origin['served']} ({origin['rows']:,} rows)" for origin in record["data"]["origins"])
+    rows = [
+        ("base", used),
+        ("data", served),
+        ("split", "  ".join(f"{part} {count:,}" for part, count in record["data"]["rows"].items())),
+        ("trained", f"{parameters['trainable']:,} of {parameters['total']:,} parameters"),
+    ]
+    for part in ("validation", "test"):
+        metrics: Any = record["metrics"][part]
+        if metrics is not None:
+            rows.append((part, _figures(metrics)))
+    rows.append(
+        (
+            "cost",
+            f"{record['steps']:,} steps in {human_seconds(timing['train_seconds'])}, "
+            f"{timing['tokens_per_second']:,.0f} tokens/s, "
+            f"peak {human_bytes(record['memory']['peak_bytes'])} ({record['memory']['kind']})",
+        )
+    )
+    return rows
+
+
+def _figures(metrics: Mapping[str, Any]) -> str:
+    text = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("accuracy", "f1_macro", "loss") if name in metrics)
+    interval = metrics.get("accuracy_interval")
+    return text + (f"  (accuracy 95 % interval {interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+
+
+def print_error(text: str) -> None:
+    """Write error lines to stderr as they are: no wrapping, no colour, so that editors and scripts can parse them."""
+    sys.stderr.write(text.rstrip("\n") + "\n")

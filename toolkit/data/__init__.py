@@ -1,0 +1,1 @@
+"""From files, named sets and hub ids to exact rows, labels, splits and token tables."""

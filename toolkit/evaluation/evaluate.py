@@ -1,0 +1,77 @@
+"""A model over many rows: batches of like length in, logits in the rows' own order out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+    Batch = dict[str, torch.Tensor]
+
+
+def length_sorted_batches(
+    lengths: NDArray[np.integer], *, batch_size: int, max_tokens: int | None = None
+) -> Iterator[NDArray[np.int64]]:
+    """Yield row indices batch by batch, longest rows first.
+
+    The longest batch comes first, so a batch that does not fit into memory fails at once and not at the end.
+
+    Args:
+        lengths: (N,), tokens of each row.
+        batch_size: At most this many rows a batch.
+        max_tokens: At most this many tokens a batch, padding included; a longer single row is its own batch.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable").astype(np.int64)
+    start = 0
+    while start < len(order):
+        size = batch_size
+        if max_tokens is not None:
+            size = max(1, min(size, max_tokens // max(int(lengths[order[start]]), 1)))
+        yield order[start : start + size]
+        start += size
+
+
+def predict_logits(
+    forward: Callable[[Batch], torch.Tensor],
+    lengths: NDArray[np.integer],
+    *,
+    collate: Callable[[NDArray[np.int64]], Batch],
+    device: torch.device,
+    batch_size: int = 32,
+    max_tokens: int | None = None,
+) -> NDArray[np.float32]:
+    """Return the logits (N, C) of N rows, in their order.
+
+    The result depends on the batch size and the order of the rows only by rounding: rows do not see each other.
+
+    Args:
+        forward: Batch to logits (B, C); the model's mode (eval) is the caller's to set.
+        lengths: (N,), tokens of each row.
+        collate: Row indices (B,) to a padded batch.
+        device: Where ``forward`` expects its batch.
+        batch_size: At most this many rows a batch.
+        max_tokens: At most this many tokens a batch, padding included.
+
+    Raises:
+        ValueError: If there are no rows.
+    """
+    import torch
+
+    if not len(lengths):
+        raise ValueError("no rows to predict")
+    logits: NDArray[np.float32] | None = None
+    # Not inference_mode: bitsandbytes keeps tensors made here, and training could not save those for its backward pass.
+    with torch.no_grad():
+        for rows in length_sorted_batches(lengths, batch_size=batch_size, max_tokens=max_tokens):
+            batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
+            part = forward(batch).float().cpu().numpy()
+            if logits is None:
+                logits = np.empty((len(lengths), part.shape[1]), dtype=np.float32)
+            logits[rows] = part
+    assert logits is not None
+    return logits

@@ -1,0 +1,1 @@
+"""Trained weights as folders that stock transformers and peft load."""

@@ -1,0 +1,217 @@
+"""Merges an adapter into its base: one standalone model, written tensor by tensor, proven equal to the live one."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from toolkit.adapters.check import read_adapter_config, read_adapter_tensors
+from toolkit.adapters.save import load_adapter
+from toolkit.config.schema import QuantizationSettings
+from toolkit.data.tokenize import load_tokenizer
+from toolkit.errors import AdapterError, Problem
+from toolkit.export.artifact import Artifact, ArtifactFacts, Manifest, find_artifact, verify_files, write_manifest
+from toolkit.export.model import tensor_shapes, write_model_files
+from toolkit.export.parity import Parity, prove_parity, reference_logits
+from toolkit.export.staging import check_output, staged_folder
+from toolkit.export.stream import MAX_SHARD_BYTES
+from toolkit.export.trained_base import resolve_trained_base
+from toolkit.export.weights import FolderReader, MergedWeights, lora_scaling
+from toolkit.models.base import Base
+from toolkit.models.load import classifier_config, load_classifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+Read = Callable[[str], torch.Tensor]
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge wrote.
+
+    Attributes:
+        output: The new model folder.
+        dtype: Storage type of its weights.
+        tensors: Tensors written.
+        adapted: Weights that an adapter changed; 0 for a run without adapters.
+        bytes: Bytes of the weights.
+        parity: Figures of the proof.
+        seconds: Wall time, the proof included.
+    """
+
+    output: pathlib.Path
+    dtype: str
+    tensors: int
+    adapted: int
+    bytes: int
+    parity: Parity
+    seconds: float
+
+    def __str__(self) -> str:
+        parity = self.parity
+        return (
+            f"{self.output}: {self.tensors} tensors, {self.adapted} of them merged with an adapter, "
+            f"{self.bytes / 1e6:.1f} MB of {self.dtype} in {self.seconds:.1f} s\n"
+            f"logits of {parity.texts} texts against the live model: {parity.max_abs:.2g} apart at most, "
+            f"{parity.relative:.2g} of the largest (allowed: {parity.bound:.0e})"
+        )
+
+
+def merge_adapter(
+    source: str | pathlib.Path,
+    output: str | pathlib.Path,
+    *,
+    dtype: Dtype = "fp32",
+    base: str | None = None,
+    force: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> MergeReport:
+    """Write one standalone classifier that stock transformers loads, and prove that its logits are the trained ones.
+
+    The base's tensors are read, changed and written one at a time. A run that trained the model's own weights has
+    nothing to merge; its model is written anew in ``dtype``.
+
+    Args:
+        source: A run folder, or the adapter or model folder in it.
+        output: A new folder.
+        dtype: Storage type of the weights.
+        base: Where the base lies now, if it has moved.
+        force: Merge into a base with another fingerprint; recorded in the output's manifest.
+        max_shard_bytes: Largest weight file.
+
+    Raises:
+        AdapterError: If the artifact is altered, already merged, or belongs to another base.
+        ModelError: If the base cannot be reached or is damaged.
+        OutputError: If the output exists, lies in the input, or does not fit on the disk.
+        ToolkitError: If the proof fails; nothing is left at ``output``.
+    """
+    started = time.perf_counter()
+    source, output = pathlib.Path(source), pathlib.Path(output)
+    artifact = find_artifact(source)
+    _check_mergeable(artifact)
+    verify_files(artifact.folder, artifact.manifest)
+    check_output(output, inside_of=artifact.run or artifact.folder)
+    found = resolve_trained_base(artifact, base=base, force=force)
+    manifest = artifact.manifest
+    tokenizer = load_tokenizer(found.path, kind=found.family.tokenizer)
+    bits = manifest.quantization["bits"] if artifact.kind == "adapter" and manifest.quantization else None
+    # The live model comes first: it refuses a damaged adapter before anything is written.
+    reference = reference_logits(_live(artifact, found), tokenizer, max_length=manifest.max_length, bits=bits)
+    skeleton = _skeleton(found, labels=manifest.labels)
+    with staged_folder(output) as staging:
+        with _weights(artifact, found, skeleton) as (read, counts):
+            size = write_model_files(
+                staging,
+                skeleton,
+                read,
+                tokenizer_from=found.path,
+                dtype=dtype,
+                max_length=manifest.max_length,
+                max_shard_bytes=max_shard_bytes,
+            )
+            adapted = counts()
+        parity = prove_parity(staging, reference, tokenizer, max_length=manifest.max_length, dtype=dtype)
+        write_manifest(staging, _merged_facts(manifest, found, dtype=dtype, parity=parity))
+    return MergeReport(
+        output=output,
+        dtype=dtype,
+        tensors=len(tensor_shapes(skeleton)),
+        adapted=adapted,
+        bytes=size,
+        parity=parity,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check_mergeable(artifact: Artifact) -> None:
+    where, manifest = str(artifact.folder), artifact.manifest
+    if manifest.merge is not None:
+        raise AdapterError(Problem(where, "merge", "is merged already", "the run that it was merged from"))
+    if not manifest.labels:
+        raise AdapterError(Problem(where, "labels", "a language model has no adapter to merge", "a classifier's run"))
+
+
+def _live(artifact: Artifact, base: Base) -> nn.Module:
+    """Return the trained model as it ran: the base, quantised as in training, under its adapter."""
+    adapter = artifact.kind == "adapter"
+    model = load_classifier(
+        base,
+        labels=tuple(artifact.manifest.labels),
+        quantization=_quantization(artifact.manifest) if adapter else None,
+        seed=0,
+        device=CPU,
+    )
+    return load_adapter(model, artifact.folder) if adapter else model
+
+
+def _quantization(manifest: Manifest) -> QuantizationSettings | None:
+    return None if manifest.quantization is None else QuantizationSettings(**manifest.quantization)
+
+
+def _skeleton(base: Base, *, labels: list[str]) -> PreTrainedModel:
+    """Return the stock classifier without memory: names, shapes, layer types and config."""
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
+            classifier_config(base, labels=tuple(labels))
+        )
+    return model
+
+
+@contextmanager
+def _weights(artifact: Artifact, base: Base, skeleton: PreTrainedModel) -> Iterator[tuple[Read, Callable[[], int]]]:
+    """Yield what reads one final tensor, and what counts the adapted ones once all were read."""
+    with FolderReader(base.path, base.family) as reader:
+        if artifact.kind == "model":
+            yield reader.read, lambda: 0
+            return
+        settings = read_adapter_config(artifact.folder, family=base.family)
+        _check_settings(settings, artifact)
+        merged = MergedWeights(
+            reader,
+            skeleton,
+            family=base.family,
+            adapter=read_adapter_tensors(artifact.folder),
+            scaling=lora_scaling(settings),
+            quantization=_quantization(artifact.manifest),
+        )
+
+        def count() -> int:
+            merged.check_all_used()
+            return merged.adapted
+
+        yield merged.read, count
+
+
+def _check_settings(settings: dict[str, Any], artifact: Artifact) -> None:
+    method, where = artifact.manifest.method, str(artifact.folder / "adapter_config.json")
+    problems = [
+        Problem(where, key, f"is {settings[key]!r}", f"{method[key]!r} by the manifest")
+        for key in ("r", "lora_alpha")
+        if key in method and settings[key] != method[key]
+    ]
+    if problems:
+        raise AdapterError(problems)
+
+
+def _merged_facts(manifest: Manifest, base: Base, *, dtype: str, parity: Parity) -> ArtifactFacts:
+    facts = {name: getattr(manifest, name) for name in ArtifactFacts.model_fields}
+    record = {
+        "from": manifest.kind,
+        "dtype": dtype,
+        "parity": parity.as_dict(),
+        "quantization": manifest.quantization,
+        "base_fingerprint": base.fingerprint if manifest.kind == "adapter" else manifest.base.fingerprint,
+    }
+    return ArtifactFacts(**(facts | {"kind": "model", "quantization": None, "merge": record}))

@@ -1,0 +1,183 @@
+"""The proof of a merge: the exported folder, read by stock transformers, gives the live adapter's logits."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from toolkit.data.batching import collate
+from toolkit.data.tokenize import Tokenizer
+from toolkit.errors import ToolkitError
+from toolkit.evaluation.evaluate import predict_logits
+from toolkit.models.forward import classify
+from toolkit.models.load import quiet_transformers
+from toolkit.models.quantize import dequantized_weight, is_quantized
+
+# Spread over length, case, digits, scripts and odd characters; the last one fills the window.
+PROBES = (
+    "ok",
+    "Hey, are we still on for dinner tonight?",
+    "WINNER!! You have been selected to receive a $1000 cash prize. Call 09061701461 now, code KL341.",
+    "I did not expect to like this film, and I was right: two hours of nothing, beautifully lit.",
+    "A quiet, funny and deeply moving story, told without one false note.",
+    "i feel so grateful and a little bit nervous about tomorrow",
+    "Grüße aus Köln — schöne Straße, naïve café, 北京, Привет, 😀🎉",
+    "http://example.com/?q=1&r=%20 #hashtag @someone 12:30 3.14159 v2.0-beta",
+    "The quick brown fox jumps over the lazy dog. " * 40,
+)
+PROBE_TOKENS = 128
+
+# Largest difference of a logit, as a share of the largest logit (at least 1). fp32 sums in another order; bf16 and
+# fp16 keep 8 and 11 bits of each weight.
+BOUNDS = {"fp32": 1e-5, "bf16": 1e-1, "fp16": 1e-2}
+QUANTISED_BOUND = 1e-4
+# An 8-bit layer also rounds its activations to 8 bits (Dettmers et al. 2022, arXiv:2208.07339), which no exported
+# weight can repeat; 2e-2 was measured on GPT-2 124M.
+LIVE_8BIT_BOUND = 1e-1
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the exported model is from the live one, over the probe texts.
+
+    Attributes:
+        texts: Probe texts.
+        max_abs: Largest difference of a logit from the live model that computes in float32 on the weights it stores.
+        relative: The same as a share of the largest live logit.
+        bound: What ``relative`` may be; on a full-precision base whose logits stay below 1, what ``max_abs`` may be.
+        live_relative: The same as ``relative``, from the live model with the kernels it trained with.
+    """
+
+    texts: int
+    max_abs: float
+    relative: float
+    bound: float
+    live_relative: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures for the manifest."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Logits (texts, labels) of the live model.
+
+    Attributes:
+        live: With the kernels it trained with.
+        exact: In float32 on the weights it stores; the same array where nothing is quantised.
+        bits: Bits of the stored weights, or None.
+    """
+
+    live: NDArray[np.float32]
+    exact: NDArray[np.float32]
+    bits: int | None
+
+
+def reference_logits(model: nn.Module, tokenizer: Tokenizer, *, max_length: int, bits: int | None) -> Reference:
+    """Return the live model's logits on the probe texts; a quantised model is turned into float32 layers by it."""
+
+    def run() -> NDArray[np.float32]:
+        return _probe(lambda batch: classify(model, batch), tokenizer, max_length=max_length)
+
+    live = run()
+    if bits is None:
+        return Reference(live, live, None)
+    dequantize_layers(model)
+    return Reference(live, run(), bits)
+
+
+def dequantize_layers(model: nn.Module) -> None:
+    """Replace every quantised layer by a float32 one with the weights it stores."""
+    # A LoRA layer answers for the weight of the layer it wraps; only the wrapped one is replaced.
+    stored = [(name, layer) for name, layer in model.named_modules() if is_quantized(layer)]
+    for name, layer in [(name, layer) for name, layer in stored if not hasattr(layer, "base_layer")]:
+        weight = dequantized_weight(layer)
+        with torch.device("meta"):
+            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if isinstance(layer.bias, torch.Tensor):
+            plain.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+        model.set_submodule(name, plain)
+
+
+def prove_parity(
+    folder: pathlib.Path, reference: Reference, tokenizer: Tokenizer, *, max_length: int, dtype: str
+) -> Parity:
+    """Load ``folder`` with stock transformers and compare its logits with the live model's.
+
+    Raises:
+        ToolkitError: If they differ by more than the bound, or its tokenizer reads a probe text differently.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    _prove_tokenizer(folder, tokenizer, max_length=max_length)
+
+    with quiet_transformers():
+        model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    model.eval()
+    found = _probe(
+        lambda batch: model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
+        tokenizer,
+        max_length=max_length,
+    )
+    bound = max(BOUNDS[dtype], QUANTISED_BOUND if reference.bits else 0.0)
+    parity = _compare(found, reference, bound=bound)
+    _check(parity, reference, dtype=dtype)
+    return parity
+
+
+def _prove_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, *, max_length: int) -> None:
+    from transformers import AutoTokenizer
+
+    stock = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    table = tokenizer.encode(PROBES, max_length=max_length).table
+    for row, text in enumerate(PROBES):
+        if stock(text, truncation=True, max_length=max_length)["input_ids"] != table[row].tolist():
+            raise ToolkitError(
+                f"{folder.name}: the tokenizer files, read by stock transformers, give other tokens than in training: "
+                f"{text[:60]!r}"
+            )
+
+
+def _compare(found: NDArray[np.float32], reference: Reference, *, bound: float) -> Parity:
+    return Parity(
+        texts=len(found),
+        max_abs=float(np.abs(found - reference.exact).max()),
+        relative=float(np.abs(found - reference.exact).max() / np.abs(reference.exact).max()),
+        bound=bound,
+        live_relative=float(np.abs(found - reference.live).max() / np.abs(reference.live).max()),
+    )
+
+
+def _check(parity: Parity, reference: Reference, *, dtype: str) -> None:
+    # Rounding grows with the logits; below 1 an absolute difference says more than a share of almost nothing.
+    largest = float(np.abs(reference.exact).max())
+    difference = parity.relative if reference.bits else parity.max_abs / max(1.0, largest)
+    live_bound = max(parity.bound, LIVE_8BIT_BOUND if reference.bits == 8 else 0.0)
+    # Written so that NaN fails.
+    if not (difference <= parity.bound and (reference.bits is None or parity.live_relative <= live_bound)):
+        raise ToolkitError(
+            f"the merged model differs from the live one: {difference:.3g} of its logits where {dtype} allows "
+            f"{parity.bound:.3g} ({parity.live_relative:.3g} with the kernels of training); nothing was written"
+        )
+
+
+def _probe(
+    forward: Callable[[dict[str, torch.Tensor]], torch.Tensor], tokenizer: Tokenizer, *, max_length: int
+) -> NDArray[np.float32]:
+    table = tokenizer.encode(PROBES, max_length=min(max_length, PROBE_TOKENS)).table
+    return predict_logits(
+        forward,
+        table.lengths,
+        collate=lambda rows: collate(table, None, rows, pad_id=tokenizer.pad_id),
+        device=torch.device("cpu"),
+        batch_size=4,
+    )

@@ -1,0 +1,84 @@
+"""Output folders that appear whole or not at all: staged beside the target, flushed to disk, renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+from toolkit.errors import OutputError, Problem
+
+
+def check_output(output: pathlib.Path, *, inside_of: pathlib.Path | None = None) -> None:
+    """Refuse an output folder that exists, or lies inside the input.
+
+    An empty folder is accepted.
+
+    Raises:
+        OutputError: With the reason.
+    """
+    where = str(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise OutputError(Problem(where, "output", "exists already", "a new folder"))
+    if inside_of is not None and inside_of.resolve() in (output.resolve(), *output.resolve().parents):
+        raise OutputError(Problem(where, "output", f"lies inside the input {inside_of}", "a folder beside it"))
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(Problem(where, "output", f"{parent} cannot be written", "a folder that you may write"))
+
+
+def check_space(output: pathlib.Path, *, needed: int) -> None:
+    """Refuse to begin where the disk lacks the bytes.
+
+    Raises:
+        OutputError: With needed and free bytes.
+    """
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutputError(Problem(str(output), "output", f"{free:,} bytes free", f"{needed:,} bytes needed"))
+
+
+@contextlib.contextmanager
+def staged_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield an empty folder beside ``output``; when the block ends well it becomes ``output``, else it is removed.
+
+    Raises:
+        OutputError: If ``output`` appeared meanwhile.
+        OSError: If the disk is full.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = pathlib.Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    try:
+        staging.chmod(0o777 & ~_umask())
+        yield staging
+        for path in staging.iterdir():
+            flush(path)
+        flush(staging)
+        try:
+            # rename(2) replaces an empty folder and refuses any other.
+            staging.rename(output)
+        except OSError as error:
+            raise OutputError(Problem(str(output), "output", f"cannot be made: {error.strerror}")) from error
+        flush(output.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def flush(path: pathlib.Path) -> None:
+    """Wait until a file or folder is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

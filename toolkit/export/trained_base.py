@@ -1,0 +1,46 @@
+"""Finds the very base that an artifact was trained on, and refuses any other."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+
+from toolkit.config.schema import ModelSettings
+from toolkit.errors import AdapterError, Problem
+from toolkit.export.artifact import Artifact
+from toolkit.models.base import Base, resolve_base
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_trained_base(artifact: Artifact, *, base: str | None = None, force: bool = False) -> Base:
+    """Return the base of an adapter, or a model folder as its own base.
+
+    Args:
+        artifact: From ``find_artifact``.
+        base: Hub id, folder or embedded name to look at instead, where the base has moved.
+        force: Accept another base, with a warning.
+
+    Raises:
+        ModelError: If it cannot be reached or is damaged.
+        AdapterError: If its fingerprint is another; names both.
+    """
+    manifest = artifact.manifest
+    if artifact.kind == "model":
+        return resolve_base(ModelSettings(base=str(artifact.folder), max_length=manifest.max_length))
+    found = resolve_base(ModelSettings(base=base or _name(artifact), max_length=manifest.max_length))
+    wanted = manifest.base.fingerprint
+    if found.fingerprint == wanted:
+        return found
+    wrong = f"trained on {manifest.base.used} with fingerprint {wanted}, but {found.used} has {found.fingerprint}"
+    if not force:
+        raise AdapterError(Problem(str(artifact.folder), "base", wrong, "the base it was trained on"))
+    logger.warning("%s: %s; going on because of force", artifact.folder, wrong)
+    return found
+
+
+def _name(artifact: Artifact) -> str:
+    """Return the recorded path, or the recorded name where that path is another machine's."""
+    base = artifact.manifest.base
+    gone = pathlib.Path(base.name_or_path).is_absolute() and not pathlib.Path(base.name_or_path).exists()
+    return base.used if gone else base.name_or_path

@@ -1,0 +1,207 @@
+"""The story: a recipe goes in, a trained classifier comes out. Read it from top to bottom.
+
+Nothing above ``_train`` imports torch: what is wrong with the input is said within a second, and nothing is written
+before recipe, data and base have been checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from toolkit.config.schema import Recipe
+from toolkit.data.load import LoadedData, load_data
+from toolkit.data.splits import save_split
+from toolkit.data.tokenize import load_tokenizer
+from toolkit.errors import CheckpointError, Problem
+from toolkit.listener import SILENT, Listener
+from toolkit.models.base import Base, resolve_base
+from toolkit.report.metrics_log import MetricsLog
+from toolkit.report.run_record import RunRecord, read_run_record
+from toolkit.run_folder import RunFolder
+from toolkit.runtime import process_rank
+
+if TYPE_CHECKING:
+    from toolkit.training.trainer import Trainer
+
+
+def finetune(recipe: Recipe, *, listener: Listener = SILENT) -> RunRecord:
+    """Train what ``recipe`` describes and return its record, which also stands in ``result.json``.
+
+    An unfinished run goes on from its newest valid checkpoint; a finished one is not run again.
+
+    Args:
+        recipe: From ``load_recipe``.
+        listener: Hears of decisions, steps and evaluations.
+
+    Raises:
+        InputError: If recipe, data, base or run folder are wrong; nothing was written.
+        DivergedError: On a non-finite loss, gradient or weight.
+        OutOfMemoryError: When a step does not fit.
+        StoppedError: After SIGINT or SIGTERM, once a checkpoint was saved.
+    """
+    folder = RunFolder(pathlib.Path(str(recipe.output.dir)))
+    state = folder.state(recipe)
+    if state == "finished":
+        listener.say(f"{folder.path} is finished; output.overwrite=true starts anew")
+        return read_run_record(folder.result)
+    data, base = read_inputs(recipe, split=folder.split if state == "unfinished" else None)
+    for line in describe_inputs(data, base):
+        listener.say(line)
+    # One process owns the folder; the others of the same launch only read it.
+    with folder.claimed(recipe) if process_rank() == 0 else contextlib.nullcontext():
+        if process_rank() == 0 and data.split is not None:
+            save_split(folder.split, data.split)
+        return _train(recipe, folder=folder, data=data, base=base, listener=listener)
+
+
+def read_inputs(recipe: Recipe, *, split: pathlib.Path | None = None) -> tuple[LoadedData, Base]:
+    """Read the rows and find the base, without torch and without writing.
+
+    Args:
+        recipe: From ``load_recipe``.
+        split: The split file of the run that is continued.
+
+    Raises:
+        InputError: If the data or the base are wrong.
+    """
+    data = load_data(recipe.data, supervised=recipe.objective == "classification", split_file=split)
+    return data, resolve_base(recipe.model)
+
+
+def describe_inputs(data: LoadedData, base: Base) -> list[str]:
+    """Return a line for each thing that was read, and each warning."""
+    lines = [f"base: {base.used}" + (f" (instead of {base.requested}, out of reach)" if base.offline else "")]
+    for origin in data.origins:
+        lines.append(f"data: {origin.name}, {origin.rows:,} rows from {origin.served}, sha256 {origin.sha256[:12]}")
+    lines.append("split: " + ", ".join(f"{name} {len(part):,}" for name, part in data.parts.items()))
+    return lines + [f"warning: {warning}" for warning in data.warnings]
+
+
+def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, listener: Listener) -> RunRecord:
+    from toolkit import runtime
+    from toolkit.adapters.apply import parameter_report
+    from toolkit.outcome import build_record, environment, error_examples, write_reports
+    from toolkit.tasks import build_task
+    from toolkit.training.optim import build_optimizer
+    from toolkit.training.plan import StepPlan
+    from toolkit.training.run_log import RunLog
+    from toolkit.training.trainer import Trainer
+
+    # The machine.
+    settings = recipe.training
+    device = runtime.choose_device()
+    precision = runtime.choose_precision(settings.precision, device)
+    accelerator = runtime.build_accelerator(
+        device=device, precision=precision, tracker=recipe.output.tracker, logging_dir=folder.path
+    )
+    main = accelerator.is_main_process
+    runtime.seed_everything(settings.seed)
+    runtime.reset_peak_memory(device)
+
+    # Tokens, model, method, objective.
+    tokenizer = load_tokenizer(base.path, kind=base.family.tokenizer)
+    task = build_task(recipe, data=data, base=base, tokenizer=tokenizer, accelerator=accelerator)
+    parameters = parameter_report(task.model)
+    plan = StepPlan(
+        rows=len(task.tables["train"]),
+        batch_size=settings.batch_size,
+        accumulation=settings.gradient_accumulation_steps,
+        processes=accelerator.num_processes,
+        seed=settings.seed,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+    )
+    for line in describe_training(parameters, plan, task.tables["train"].lengths.mean(), task.truncated):
+        listener.say(line)
+    listener.say(f"machine: {device}, {precision}, {accelerator.num_processes} process(es)")
+
+    # Training.
+    log = RunLog(MetricsLog(folder.metrics), recipe=recipe, accelerator=accelerator, listener=listener)
+    trainer = Trainer(
+        objective=task.objective,
+        optimizer=build_optimizer(task.model, settings, embeddings=base.family.embeddings),
+        accelerator=accelerator,
+        plan=plan,
+        recipe=recipe,
+        checkpoints=folder.checkpoints,
+        inputs=_hashes(data, base),
+        evaluate=task.validate if len(task.tables["validation"]) else None,
+        observer=log,
+    )
+    resume(trainer, folder.checkpoints, listener)
+    log.begin(trainer.progress.step)
+    listener.begin(total=plan.total_steps, done=trainer.progress.step)
+    try:
+        progress = trainer.fit()
+    finally:
+        listener.end()
+        accelerator.end_training()
+    peak_bytes, measured = runtime.peak_memory(device)
+
+    # Evaluation, export, report.
+    metrics = {part: task.judge(part) for part in ("validation", "test") if len(task.tables[part])}
+    if not main:
+        accelerator.wait_for_everyone()
+        return read_run_record(folder.result)
+    record = build_record(
+        recipe,
+        folder=folder,
+        data=data,
+        base=base,
+        truncated=task.truncated,
+        parameters=parameters,
+        artifact=task.save(folder.path),
+        progress=progress,
+        epochs=plan.epoch_of(progress.step),
+        metrics=metrics,
+        memory={"peak_bytes": peak_bytes, "kind": measured},
+        environment=environment(device, precision=precision, processes=accelerator.num_processes),
+    )
+    write_reports(record, recipe=recipe, folder=folder, mistakes=error_examples(task.mistakes(), data))
+    accelerator.wait_for_everyone()
+    return record
+
+
+def describe_training(parameters: Any, plan: Any, mean_length: float, truncated: int) -> list[str]:
+    """Return the derived numbers of a run, a line each."""
+    share = parameters.trainable / parameters.total
+    return [
+        f"parameters: {parameters.trainable:,} of {parameters.total:,} train ({share:.2%})",
+        f"texts: {plan.rows:,} rows of {mean_length:.0f} tokens on average, {truncated:,} cut to max_length",
+        f"steps: {plan.batch_size} rows x {plan.accumulation} micro-steps x {plan.processes} processes = "
+        f"{plan.global_batch} a step, {plan.steps_per_epoch} steps an epoch, {plan.total_steps} in all",
+    ]
+
+
+def resume(trainer: Trainer, checkpoints: pathlib.Path, listener: Listener) -> None:
+    """Go on from the newest valid checkpoint, if there is one.
+
+    Raises:
+        CheckpointError: If there are checkpoints and none is valid, or data or base are others than before.
+    """
+    from toolkit.training.checkpoint import newest_valid
+
+    checkpoint, skipped = newest_valid(checkpoints)
+    for name, reason in skipped.items():
+        listener.say(f"warning: checkpoint {name} is skipped: {reason}")
+    if checkpoint is None:
+        if skipped:
+            raise CheckpointError(
+                Problem(str(checkpoints / name), "", reason, "output.overwrite=true starts anew")
+                for name, reason in skipped.items()
+            )
+        return
+    changed = [name for name, value in trainer.inputs.items() if checkpoint.state["inputs"].get(name) != value]
+    if changed:
+        raise CheckpointError(
+            Problem(str(checkpoint.path), name, "is not what this run began with", "the old one, or another output.dir")
+            for name in changed
+        )
+    trainer.resume(checkpoint)
+    listener.say(f"resuming after step {checkpoint.step}")
+
+
+def _hashes(data: LoadedData, base: Base) -> dict[str, str]:
+    return {"base": base.fingerprint, **{f"data {origin.name}": origin.sha256 for origin in data.origins}}

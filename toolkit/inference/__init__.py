@@ -1,0 +1,1 @@
+"""A trained classifier, read back and put to work."""

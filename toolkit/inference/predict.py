@@ -1,0 +1,213 @@
+"""A trained classifier at work: texts in, labels and probabilities out."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.config.schema import QuantizationSettings
+from toolkit.data.tokenize import Tokenizer, load_tokenizer
+from toolkit.data.tokens import TokenTable
+from toolkit.errors import AdapterError, Problem
+from toolkit.evaluation.evaluate import predict_logits
+from toolkit.evaluation.metrics import softmax
+from toolkit.export.artifact import Artifact, find_artifact, verify_files
+from toolkit.export.trained_base import resolve_trained_base
+from toolkit.inference.texts import read_texts
+from toolkit.runtime import choose_device
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# Batches a chunk of a stream holds: enough that sorting by length pays, little enough that answers keep coming.
+CHUNK_BATCHES = 16
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the classifier says of one text.
+
+    Attributes:
+        text: The text, as given.
+        label: The likeliest label.
+        scores: Probability of every label, in id order; they add up to 1.
+    """
+
+    text: str
+    label: str
+    scores: dict[str, float]
+
+
+class Classifier:
+    """A trained adapter on its base, or a standalone model. Made by ``load``.
+
+    Attributes:
+        labels: Label names in id order.
+        max_length: Tokens of a text that are read; the rest is cut off.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        *,
+        labels: Sequence[str],
+        max_length: int,
+        device: torch.device,
+    ) -> None:
+        self.labels = tuple(labels)
+        self.max_length = max_length
+        self._model, self._tokenizer, self._device = model.eval(), tokenizer, device
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path, *, device: str = "auto") -> Classifier:
+        """Load what a run trained.
+
+        Args:
+            path: A run folder, an adapter folder, or a model folder that training or a merge wrote.
+            device: ``auto``, or a torch device such as ``cpu`` or ``cuda:1``.
+
+        Raises:
+            AdapterError: If there is no trained model, its files were altered, or its base is another.
+            ModelError: If the base cannot be reached or is damaged.
+            CapabilityError: If the device cannot run its quantised base.
+        """
+        artifact = find_artifact(path)
+        manifest = artifact.manifest
+        check_classifies(artifact)
+        verify_files(artifact.folder, manifest)
+        base = resolve_trained_base(artifact)
+        # Everything above answers without torch.
+        from toolkit.adapters.save import load_adapter
+        from toolkit.models.load import load_classifier
+
+        target = choose_device(device)
+        model = load_classifier(
+            base, labels=tuple(manifest.labels), quantization=_quantization(artifact), seed=0, device=target
+        )
+        return cls(
+            load_adapter(model, artifact.folder) if artifact.kind == "adapter" else model,
+            load_tokenizer(base.path, kind=base.family.tokenizer),
+            labels=manifest.labels,
+            max_length=manifest.max_length,
+            device=target,
+        )
+
+    def predict(self, texts: Sequence[str], *, batch_size: int = 32) -> list[Prediction]:
+        """Classify texts; the answer to one does not depend on the others, nor on the batch size, but for rounding.
+
+        Args:
+            texts: Any texts; an empty one is classified like any other.
+            batch_size: Texts computed at once.
+        """
+        texts = list(texts)
+        if not texts:
+            return []
+        probabilities = softmax(self.logits(texts, batch_size=batch_size))
+        return [self._prediction(text, row) for text, row in zip(texts, probabilities, strict=True)]
+
+    def predict_stream(self, texts: Iterable[str], *, batch_size: int = 32) -> Iterator[Prediction]:
+        """Classify texts as they come, in bounded memory and in their order.
+
+        Args:
+            texts: Any iterable; read ``16 * batch_size`` at a time.
+            batch_size: Texts computed at once.
+        """
+        source = iter(texts)
+        while chunk := list(islice(source, CHUNK_BATCHES * batch_size)):
+            yield from self.predict(chunk, batch_size=batch_size)
+
+    def logits(self, texts: Sequence[str], *, batch_size: int = 32) -> NDArray[np.float32]:
+        """Return the logits (texts, labels) of at least one text."""
+        table = self._tokenizer.encode(texts, max_length=self.max_length).table
+        return self.table_logits(table, batch_size=batch_size)
+
+    def table_logits(self, table: TokenTable, *, batch_size: int = 32, where: str = "rows") -> NDArray[np.float32]:
+        """Return the logits (rows, labels) of rows of token ids, such as an .npy file holds.
+
+        Args:
+            table: At least one row.
+            batch_size: Rows computed at once.
+            where: The file they come from, for messages.
+
+        Raises:
+            DataError: If an id lies outside the vocabulary.
+        """
+        from toolkit.data.batching import collate
+        from toolkit.models.forward import classify
+
+        filled = _no_empty_rows(table, self._tokenizer)
+        table = self._tokenizer.adopt(filled, max_length=self.max_length, where=where).table
+        return predict_logits(
+            lambda batch: classify(self._model, batch),
+            table.lengths,
+            collate=lambda rows: collate(table, None, rows, pad_id=self._tokenizer.pad_id),
+            device=self._device,
+            batch_size=batch_size,
+        )
+
+    def _prediction(self, text: str, probabilities: NDArray[np.float64]) -> Prediction:
+        scores = {label: float(p) for label, p in zip(self.labels, probabilities, strict=True)}
+        return Prediction(text=text, label=self.labels[int(probabilities.argmax())], scores=scores)
+
+
+def predict_lines(
+    path: str | pathlib.Path,
+    source: str = "-",
+    *,
+    text_column: str = "text",
+    batch_size: int = 32,
+    device: str = "auto",
+) -> Iterator[str]:
+    """Yield a JSON line ``{"text", "label", "scores"}`` for each text of a file or of stdin.
+
+    Args:
+        path: As for ``Classifier.load``.
+        source: ``-`` for stdin, a text file with a text a line, or a csv, tsv, jsonl or parquet file.
+        text_column: Column of the latter.
+        batch_size: Texts computed at once.
+        device: As for ``Classifier.load``.
+
+    Raises:
+        DataError: If the source is missing, damaged, or holds no text.
+        AdapterError: If there is no trained model at ``path``.
+    """
+    # The texts are looked at first: a wrong file is refused before a model is loaded.
+    texts = read_texts(source, text_column=text_column, stdin=sys.stdin.buffer)
+    classifier = Classifier.load(path, device=device)
+    for prediction in classifier.predict_stream(texts, batch_size=batch_size):
+        yield json.dumps(asdict(prediction), ensure_ascii=False)
+
+
+def check_classifies(artifact: Artifact) -> None:
+    """Refuse a language model.
+
+    Raises:
+        AdapterError: If the artifact has no labels.
+    """
+    if not artifact.manifest.labels:
+        wrong = "a language model does not classify"
+        raise AdapterError(Problem(str(artifact.folder), "labels", wrong, "a classifier's run"))
+
+
+def _quantization(artifact: Artifact) -> QuantizationSettings | None:
+    settings = artifact.manifest.quantization
+    return QuantizationSettings(**settings) if artifact.kind == "adapter" and settings else None
+
+
+def _no_empty_rows(table: TokenTable, tokenizer: Tokenizer) -> TokenTable:
+    """Give a row without tokens (GPT-2 reads an empty text as none) the one token that pads, its end of text."""
+    lengths = table.lengths
+    if len(lengths) and lengths.min() > 0:
+        return table
+    ids = np.insert(table.ids, table.offsets[:-1][lengths == 0], tokenizer.pad_id)
+    return TokenTable.from_lengths(ids.astype(np.int32), np.maximum(lengths, 1))

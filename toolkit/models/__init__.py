@@ -1,0 +1,1 @@
+"""Base models: found, checked, quantised, loaded and run."""

@@ -1,0 +1,194 @@
+"""Finds the base model a recipe names: an embedded one, a local folder, or a hub id, without ever hanging."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from toolkit.config.schema import ModelSettings
+from toolkit.errors import ModelError, Problem, nearest
+from toolkit.families import FAMILIES, Family
+from toolkit.models.fingerprint import fingerprint
+from toolkit.models.folder import check_model_folder
+from toolkit.models.hub import HubUnreachableError, fetch_snapshot
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = Path(__file__).parent / "embedded"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model found, checked and ready to load.
+
+    Attributes:
+        requested: The name in the recipe.
+        used: The name that served; differs from `requested` only if `offline`.
+        path: The local folder with config, weights and tokenizer.
+        offline: Whether `offline_base` stood in for an unreachable `base`.
+        name_or_path: What an ``adapter_config.json`` names: the hub id, or an absolute local path.
+        config: The content of config.json.
+        family: The architecture.
+        weights: Whether the base's weights are used; False with ``random_init``.
+    """
+
+    requested: str
+    used: str
+    path: Path
+    offline: bool
+    name_or_path: str
+    config: dict[str, Any]
+    family: Family
+    weights: bool = True
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """``sha256:...`` of the weights and the architecture; reads the whole weights file once."""
+        return fingerprint(self.path, weights=self.weights)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return {requested, used, offline, fingerprint}, as result.json keeps it."""
+        return {
+            "requested": self.requested,
+            "used": self.used,
+            "offline": self.offline,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def embedded_names() -> list[str]:
+    """Return the names of the bases that ship inside the package, sorted."""
+    if not EMBEDDED.is_dir():
+        return []
+    return sorted(folder.name for folder in EMBEDDED.iterdir() if (folder / "config.json").is_file())
+
+
+def resolve_base(settings: ModelSettings) -> Base:
+    """Find the base of a recipe, check its folder and choose the stand-in if it cannot be reached.
+
+    A name is looked up as an embedded base, then as a local folder, then as a hub id (first in the local hub cache).
+    Whether the hub can be reached is decided in under 5 seconds. ``HF_ENDPOINT``, ``HF_HUB_OFFLINE`` and
+    ``TOOLKIT_OFFLINE`` are respected.
+
+    Args:
+        settings: The recipe's `model` section.
+
+    Returns:
+        The base that will be used.
+
+    Raises:
+        ModelError: The base does not exist, is damaged, is unreachable without an `offline_base`, or has fewer
+            positions than `max_length`.
+    """
+    try:
+        path, name_or_path = _find(settings.base, field="model.base")
+        used, offline = settings.base, False
+    except HubUnreachableError as error:
+        used, offline = _stand_in(settings, error), True
+        path, name_or_path = _find_stand_in(used)
+    weights = not settings.random_init
+    config = check_model_folder(path, family_types=sorted(FAMILIES), weights=weights)
+    family = FAMILIES[config["model_type"]]
+    _check_positions(settings, config, family=family, where=used)
+    return Base(
+        requested=settings.base,
+        used=used,
+        path=path,
+        offline=offline,
+        name_or_path=name_or_path,
+        config=config,
+        family=family,
+        weights=weights,
+    )
+
+
+def resolve_folder(name: str, *, field: str) -> Path:
+    """Return the local folder of an embedded base, a local folder or a hub id, unchecked.
+
+    Raises:
+        ModelError: If there is none, or the hub is out of reach.
+    """
+    try:
+        return _find(name, field=field)[0]
+    except HubUnreachableError as error:
+        raise ModelError(Problem(name, field, f"cannot be reached: {error}", "a local folder")) from error
+
+
+def _find(name: str, *, field: str) -> tuple[Path, str]:
+    """Return the folder of a base and the name its adapters carry."""
+    if name in embedded_names():
+        path = EMBEDDED / name
+        return path, str(path.resolve())
+    local = Path(name).expanduser()
+    if local.exists():
+        return local, str(local.resolve())
+    # One slash is a hub id, unless its first part is a folder here: then it is a mistyped path.
+    if HUB_ID.fullmatch(name) is None or (len(local.parts) == 2 and Path(local.parts[0]).is_dir()):
+        raise ModelError(_not_found(name, field=field))
+    if "/" not in name and (hint := nearest(name, embedded_names())):
+        raise ModelError(Problem(name, field, "no such embedded base or folder", hint))
+    return fetch_snapshot(name, field=field), name
+
+
+def _not_found(name: str, *, field: str) -> Problem:
+    parent = Path(name).expanduser().parent
+    names = [str(entry) for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    hint = nearest(str(Path(name).expanduser()), names)
+    embedded = ", ".join(embedded_names()) or "none in this installation"
+    return Problem(
+        name,
+        field,
+        "no such folder",
+        hint or f"a model folder, a hub id such as openai-community/gpt2, or an embedded base: {embedded}",
+    )
+
+
+def _stand_in(settings: ModelSettings, error: HubUnreachableError) -> str:
+    """Return `offline_base`, with a warning that cannot be missed."""
+    if settings.offline_base is None:
+        embedded = ", ".join(embedded_names())
+        raise ModelError(
+            Problem(
+                settings.base,
+                "model.base",
+                f"cannot be reached: {error}",
+                "set model.offline_base to a local folder" + (f" or one of: {embedded}" if embedded else ""),
+            )
+        ) from error
+    bar = "!" * 100
+    logger.warning(
+        "\n%s\n!! %s CANNOT BE REACHED (%s)\n!! THIS RUN USES offline_base %s INSTEAD: ANOTHER, WEAKER MODEL.\n%s",
+        bar,
+        settings.base,
+        error,
+        settings.offline_base,
+        bar,
+    )
+    return settings.offline_base
+
+
+def _find_stand_in(name: str) -> tuple[Path, str]:
+    try:
+        return _find(name, field="model.offline_base")
+    except HubUnreachableError as error:
+        raise ModelError(
+            Problem(name, "model.offline_base", f"cannot be reached either: {error}", "name a local or embedded base")
+        ) from error
+
+
+def _check_positions(settings: ModelSettings, config: dict[str, Any], *, family: Family, where: str) -> None:
+    positions = config[family.positions_key]
+    if settings.max_length > positions:
+        raise ModelError(
+            Problem(
+                where,
+                "model.max_length",
+                f"{settings.max_length} tokens, but the model has {positions} positions",
+                f"at most {positions}",
+            )
+        )

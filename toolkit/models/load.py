@@ -1,0 +1,201 @@
+"""Loads a base as a sequence classifier or a language model: every tensor accounted for, the head seeded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from toolkit.config.schema import QuantizationSettings
+from toolkit.families import Family
+from toolkit.models.base import Base
+from toolkit.models.quantize import bitsandbytes_config, check_quantization, prepare_quantized
+from toolkit.models.tensors import check_finite, check_tensors, has_head
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+GPT2_PAD = 50256
+
+
+def load_classifier(
+    base: Base,
+    *,
+    labels: tuple[str, ...],
+    quantization: QuantizationSettings | None,
+    seed: int,
+    random_init: bool = False,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Load a base as a sequence classifier in eval mode.
+
+    The head comes from the base only if the base was trained for the same labels in the same order; otherwise it is
+    drawn from `seed` alone (normal, std `initializer_range`; zero bias). The global random state is left untouched.
+
+    Args:
+        base: From `resolve_base`.
+        labels: Label names in id order.
+        quantization: How frozen weights are stored, or None.
+        seed: Of the head, and of every weight with `random_init`.
+        random_init: Take only the base's shape.
+        device: Where the model is put.
+        dtype: Of the body's unquantised weights; the head is always float32.
+        compute_dtype: What 4-bit layers multiply in; None: `dtype`.
+
+    Returns:
+        The classifier; `name_or_path` is `base.name_or_path`, `use_cache` is off, a pad token is set.
+
+    Raises:
+        ModelError: Tensors are missing, unexpected, of the wrong shape or not finite.
+        CapabilityError: The quantisation cannot run on the device.
+    """
+    from toolkit.models.forward import CLASSIFIERS
+
+    check_quantization(quantization, device.type)
+    config = classifier_config(base, labels=labels)
+    model_class: Any = CLASSIFIERS[base.family.model_type]
+    options: dict[str, Any] = {"dtype": dtype}
+    if quantization is not None:
+        options["quantization_config"] = bitsandbytes_config(quantization, base.family, compute_dtype or dtype)
+        options["device_map"] = {"": device}
+    keeps_head = not random_init and _same_labels(base, labels) and has_head(base)
+    with quiet_transformers(), torch.random.fork_rng(devices=_cuda_devices()):
+        if random_init:
+            model = _random(model_class, config, seed=seed, quantized=quantization is not None, options=options)
+        else:
+            check_tensors(base, _meta(model_class, config), head=keeps_head)
+            check_finite(base.path)
+            # Mismatched sizes can only be those of another task's head: check_tensors has proven the rest.
+            model = model_class.from_pretrained(
+                base.path, config=config, local_files_only=True, ignore_mismatched_sizes=True, **options
+            )
+    if not keeps_head:
+        seed_head(model, base.family, seed=seed)
+    if quantization is not None:
+        prepare_quantized(model)
+    else:
+        model.to(device)
+        for path in base.family.head:
+            model.get_submodule(path).float()
+    return _finish(model, base)
+
+
+def load_language_model(
+    base: Base, *, seed: int, random_init: bool = False, device: torch.device, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Load a base with its language-modelling head: causal for GPT-2, masked for DistilBERT.
+
+    A masked head that the base lacks is drawn from `seed`.
+
+    Args:
+        base: From `resolve_base`.
+        seed: Of weights that the base does not hold.
+        random_init: Take only the base's shape.
+        device: Where the model is put.
+        dtype: Of all weights.
+
+    Returns:
+        `GPT2LMHeadModel` or `DistilBertForMaskedLM` in eval mode.
+
+    Raises:
+        ModelError: Body tensors are missing, unexpected, of the wrong shape or not finite.
+    """
+    import transformers
+
+    names = {"gpt2": transformers.GPT2LMHeadModel, "distilbert": transformers.DistilBertForMaskedLM}
+    model_class = names[base.family.model_type]
+    config = _base_config(base)
+    with quiet_transformers(), torch.random.fork_rng(devices=_cuda_devices()):
+        torch.manual_seed(seed)
+        if random_init:
+            model = _random(model_class, config, seed=seed, quantized=False, options={"dtype": dtype})
+        else:
+            check_tensors(base, _meta(model_class, config), head=False)
+            check_finite(base.path)
+            model = model_class.from_pretrained(base.path, config=config, local_files_only=True, dtype=dtype)
+    return _finish(model.to(device), base)
+
+
+def classifier_config(base: Base, *, labels: tuple[str, ...]) -> PretrainedConfig:
+    """Return the base's transformers config for a classifier of these labels."""
+    config = _base_config(base)
+    config.num_labels = len(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    config.problem_type = "single_label_classification"
+    return config
+
+
+def seed_head(model: nn.Module, family: Family, *, seed: int) -> None:
+    """Draw the classification head from its own generator, so that it depends on `seed` and its shape alone."""
+    generator = torch.Generator().manual_seed(seed)
+    std = float(model.config.initializer_range)  # type: ignore[union-attr, arg-type]
+    for path in family.head:
+        for name, parameter in model.get_submodule(path).named_parameters():
+            drawn = torch.zeros(parameter.shape)
+            if name == "weight":
+                drawn.normal_(std=std, generator=generator)
+            parameter.data = drawn.to(parameter.device)
+
+
+def _base_config(base: Base) -> PretrainedConfig:
+    """Return the base's config with no cache and a pad token (row 80: GPT-2 has none, it gets its eos)."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base.path, local_files_only=True)
+    config.use_cache = False
+    config.name_or_path = base.name_or_path
+    if config.pad_token_id is None:
+        eos = config.eos_token_id if config.eos_token_id is not None else GPT2_PAD
+        config.pad_token_id = min(int(eos), config.vocab_size - 1)
+    return config
+
+
+def _same_labels(base: Base, labels: tuple[str, ...]) -> bool:
+    return base.config.get("label2id") == {label: i for i, label in enumerate(labels)}
+
+
+def _meta(model_class: Any, config: PretrainedConfig) -> nn.Module:
+    """Return the model's skeleton: names and shapes without memory."""
+    with torch.device("meta"):
+        skeleton: nn.Module = model_class(config)
+    return skeleton
+
+
+def _random(model_class: Any, config: PretrainedConfig, *, seed: int, quantized: bool, options: dict[str, Any]) -> Any:
+    torch.manual_seed(seed)
+    model = model_class(config)
+    if not quantized:
+        return model.to(options["dtype"])
+    return model_class.from_pretrained(None, config=config, state_dict=model.state_dict(), **options)
+
+
+def _finish(model: Any, base: Base) -> PreTrainedModel:
+    model.name_or_path = base.name_or_path
+    model.config.name_or_path = base.name_or_path
+    return model.eval()
+
+
+def _cuda_devices() -> list[int]:
+    return list(range(torch.cuda.device_count()))
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and its advice about new heads while a model loads."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

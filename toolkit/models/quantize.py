@@ -1,0 +1,185 @@
+"""bitsandbytes storage of frozen weights: capability check, config, preparation, and the weights it really computes."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from toolkit.config.schema import QuantizationSettings
+from toolkit.errors import CapabilityError, Problem
+from toolkit.families import FAMILIES, Family
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+DEVICE_TYPES = ("cpu", "cuda")
+NOISY_LOGGERS = ("bitsandbytes", "bitsandbytes.autograd._functions")
+BLOCK_SIZE = 64
+
+
+def check_quantization(settings: QuantizationSettings | None, device_type: str) -> None:
+    """Refuse a quantised run where it cannot work.
+
+    Args:
+        settings: The recipe's `quantization` section; None always passes.
+        device_type: ``cpu``, ``cuda`` and so on.
+
+    Raises:
+        CapabilityError: bitsandbytes is not installed, or does not serve the device.
+    """
+    if settings is None:
+        return
+    field = "quantization.bits"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise CapabilityError(
+            Problem("", field, f"{settings.bits} needs bitsandbytes", "pip install bitsandbytes, or quantization: null")
+        )
+    if device_type not in DEVICE_TYPES:
+        right = f"a {' or '.join(DEVICE_TYPES)} device, or quantization: null"
+        raise CapabilityError(Problem("", field, f"bitsandbytes does not run on {device_type}", right))
+
+
+def bitsandbytes_config(
+    settings: QuantizationSettings, family: Family, compute_dtype: torch.dtype = torch.float32
+) -> BitsAndBytesConfig:
+    """Return the transformers config that quantises the body and leaves the head alone.
+
+    Args:
+        settings: Bits and code.
+        family: Its head is skipped; by default transformers would quantise DistilBERT's two head layers.
+        compute_dtype: What 4-bit layers multiply in; 8-bit layers follow their input.
+    """
+    from transformers import BitsAndBytesConfig
+
+    quieten_bitsandbytes()
+    skip = list(family.head)
+    if settings.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.quant_type,
+        bnb_4bit_use_double_quant=settings.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def quieten_bitsandbytes() -> None:
+    """Keep bitsandbytes' advice (a line per dtype seen) out of the user's terminal."""
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def prepare_quantized(model: PreTrainedModel) -> PreTrainedModel:
+    """Freeze a quantised model and make its training and evaluation agree.
+
+    peft's `prepare_model_for_kbit_training` is not used: it upcasts the embeddings too, which are the largest
+    unquantised part (154 MB of GPT-2's 200 MB), and switches checkpointing on.
+
+    Args:
+        model: A classifier loaded with `bitsandbytes_config`.
+
+    Returns:
+        The same model: every parameter frozen, the head in fp32.
+    """
+    import bitsandbytes as bnb
+
+    exact_state = _exact_state_class()
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            module.state.__class__ = exact_state
+        if isinstance(module, bnb.nn.Linear4bit):
+            # On AVX512-BF16 CPUs an eval forward would repack the weights in place: the next training step crashes
+            # and evaluation computes with bf16 scales.
+            module.support_avx512bf16_for_cpu = False
+    for path in FAMILIES[model.config.model_type].head:
+        model.get_submodule(path).float()
+    return model
+
+
+def _exact_state_class() -> type:
+    """Return an 8-bit layer state that keeps the CPU on one arithmetic.
+
+    On the CPU bitsandbytes multiplies by the dequantised weights while training, but quantises the activations too in
+    eval mode, with outlier columns picked over the whole batch: logits then move by 1e-2, and with the batch size.
+    What is evaluated must be what was trained, so the state says "training" in either mode. CUDA never asks.
+    """
+    from bitsandbytes.autograd._functions import MatmulLtState
+
+    class ExactState(MatmulLtState):  # type: ignore[misc]
+        @property
+        def is_training(self) -> bool:
+            return True
+
+        @is_training.setter
+        def is_training(self, value: bool) -> None:
+            return None
+
+    return ExactState
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Return whether a layer's weight is stored by bitsandbytes in 4 or 8 bits."""
+    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+
+
+def dequantized_weight(module: nn.Module) -> torch.Tensor:
+    """Return the weight a layer really computes with.
+
+    Args:
+        module: A bitsandbytes 4- or 8-bit layer, `nn.Linear`, or transformers' `Conv1D`.
+
+    Returns:
+        (out, in) float32, detached.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    weight: Any = module.weight
+    plain: torch.Tensor = weight.detach()
+    if isinstance(module, Conv1D):
+        return plain.float().T.contiguous()
+    if not is_quantized(module):
+        return plain.float()
+    from bitsandbytes import functional
+
+    if type(weight).__name__ == "Params4bit":
+        plain = functional.dequantize_4bit(weight.data, weight.quant_state)
+    else:
+        # The scales move from the weight to the layer's state in the first forward.
+        state: Any = module.state
+        scales = weight.SCB if weight.SCB is not None else state.SCB
+        plain = functional.int8_vectorwise_dequant(weight.data, scales)
+    return plain.float()
+
+
+def quantization_roundtrip(
+    weight: torch.Tensor, settings: QuantizationSettings, *, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Return a weight as a quantised training run saw it.
+
+    Args:
+        weight: (out, in) float32.
+        settings: How the run stored it.
+        dtype: The dtype the base was loaded in before it was quantised.
+
+    Returns:
+        (out, in) float32: quantised and dequantised with bitsandbytes' own kernels.
+    """
+    from bitsandbytes import functional
+
+    stored = weight.to(dtype).contiguous()
+    if settings.bits == 8:
+        # Int8Params quantises from fp16.
+        codes, scales, _ = functional.int8_vectorwise_quant(stored.to(torch.float16))
+        seen: torch.Tensor = functional.int8_vectorwise_dequant(codes, scales)
+    else:
+        codes, state = functional.quantize_4bit(
+            stored, blocksize=BLOCK_SIZE, compress_statistics=settings.double_quant, quant_type=settings.quant_type
+        )
+        seen = functional.dequantize_4bit(codes, state)
+    return seen.float()

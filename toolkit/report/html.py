@@ -1,0 +1,53 @@
+"""report.html: one self-contained page that says what was trained, how good it is and what it cost."""
+
+from __future__ import annotations
+
+import base64
+import pathlib
+from collections.abc import Sequence
+from typing import TypedDict
+
+from toolkit.report.render import render
+from toolkit.report.run_record import RunRecord, write_file_atomically
+
+
+class ErrorExample(TypedDict):
+    """A wrong prediction to show: the text, its label's name, the predicted one and its probability (0 to 1)."""
+
+    text: str
+    label: str
+    predicted: str
+    probability: float
+
+
+def write_report(
+    record: RunRecord,
+    path: pathlib.Path,
+    *,
+    recipe: str,
+    errors: Sequence[ErrorExample] = (),
+    curves: pathlib.Path | None = None,
+    confusion: pathlib.Path | None = None,
+) -> None:
+    """Write the report; images are embedded, so the file can be moved or mailed.
+
+    Args:
+        record: The run.
+        path: The file to write.
+        recipe: The resolved recipe as YAML.
+        errors: Wrong predictions on the test part, surest first.
+        curves: PNG that ``draw_curves`` wrote.
+        confusion: PNG that ``draw_confusion`` wrote.
+
+    Raises:
+        OSError: If an image cannot be read or the report not written.
+    """
+    images = {"curves": _inline(curves), "confusion": _inline(confusion)}
+    page = render("report.html.j2", record=record, recipe=recipe, extra={"errors": list(errors), **images})
+    write_file_atomically(path, page)
+
+
+def _inline(image: pathlib.Path | None) -> str | None:
+    if image is None:
+        return None
+    return "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode("ascii")

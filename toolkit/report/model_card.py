@@ -1,0 +1,170 @@
+"""README.md of a run: a model card in Hugging Face form, with a loading snippet that runs as it stands."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from typing import Any
+
+from toolkit.report.render import render
+from toolkit.report.run_record import RunRecord, write_file_atomically
+
+# As stated on the models' own cards on the hub.
+LICENCES = {
+    "openai-community/gpt2": "mit",
+    "openai-community/gpt2-medium": "mit",
+    "openai-community/gpt2-large": "mit",
+    "openai-community/gpt2-xl": "mit",
+    "distilbert/distilgpt2": "apache-2.0",
+    "distilbert/distilbert-base-cased": "apache-2.0",
+    "distilbert/distilbert-base-uncased": "apache-2.0",
+    "distilbert/distilbert-base-multilingual-cased": "apache-2.0",
+    "gpt2-mini": "apache-2.0",
+    "distilbert-mini": "apache-2.0",
+}
+LANGUAGE_TASKS = {"gpt2": "text-generation", "distilbert": "fill-mask"}
+
+
+def write_model_card(record: RunRecord, path: pathlib.Path, *, recipe: str) -> None:
+    """Write the model card.
+
+    Args:
+        record: The run.
+        path: The README.md to write.
+        recipe: The resolved recipe as YAML.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    extra = {"front_matter": front_matter(record), "snippet": loading_snippet(record)}
+    card = render("model_card.md.j2", record=record, recipe=recipe, extra=extra)
+    # A part that is left out leaves its blank lines behind.
+    write_file_atomically(path, re.sub(r"\n{3,}", "\n\n", card))
+
+
+def front_matter(record: RunRecord) -> str:
+    """Return the YAML that the hub reads (huggingface.co/docs/hub/model-cards), without its ``---`` fences."""
+    from huggingface_hub import ModelCardData
+
+    base, adapter = record["base"], record["artifact"]["kind"] == "adapter"
+    family = base["model_type"]
+    classifies = bool(record["data"]["labels"])
+    data = ModelCardData(
+        license=LICENCES.get(base["used"]),
+        # The hub refuses a card whose base_model is a local path.
+        base_model=base["name_or_path"] if _is_hub_id(base["name_or_path"]) else None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-classification" if classifies else LANGUAGE_TASKS[family],
+        tags=[family, record["method"]["name"], *(["peft"] if adapter else [])],
+        metrics=["accuracy", "f1", "matthews_correlation"] if classifies else ["perplexity"],
+        model_name=record["name"],
+        eval_results=_results(record),
+    )
+    return str(data.to_yaml()).strip()
+
+
+def loading_snippet(record: RunRecord) -> str:
+    """Return Python that loads the artifact with stock libraries, to be run inside the run folder."""
+    folder, base = record["artifact"]["folder"], record["base"]
+    labels = record["data"]["labels"]
+    if not labels:
+        kind = "AutoModelForCausalLM" if base["model_type"] == "gpt2" else "AutoModelForMaskedLM"
+        return _lines(
+            f"from transformers import {kind}, AutoTokenizer",
+            "",
+            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})",
+            f"model = {kind}.from_pretrained({json.dumps(folder)})",
+        )
+    if record["artifact"]["kind"] == "model":
+        return _lines(
+            "from transformers import pipeline",
+            "",
+            f'classify = pipeline("text-classification", {json.dumps(folder)}, top_k=None)',
+            f'print(classify(["A text to classify"], truncation=True, max_length={record["artifact"]["max_length"]}))',
+        )
+    return _adapter_snippet(record)
+
+
+def _adapter_snippet(record: RunRecord) -> str:
+    base, labels = record["base"], record["data"]["labels"]
+    quantised, folder = record["quantization"], json.dumps(record["artifact"]["folder"])
+    imports = "AutoModelForSequenceClassification, AutoTokenizer" + (", BitsAndBytesConfig" if quantised else "")
+    return _lines(
+        "import torch",
+        "from peft import PeftModel",
+        f"from transformers import {imports}",
+        "",
+        f"base = {json.dumps(base['name_or_path'], ensure_ascii=False)}",
+        f"labels = {json.dumps(labels, ensure_ascii=False)}",
+        f"tokenizer = AutoTokenizer.from_pretrained({folder})",
+        "model = AutoModelForSequenceClassification.from_pretrained(",
+        "    base,",
+        "    num_labels=len(labels),",
+        "    id2label=dict(enumerate(labels)),",
+        "    label2id={label: i for i, label in enumerate(labels)},",
+        "    pad_token_id=tokenizer.pad_token_id,",
+        "    dtype=torch.float32,",
+        *_quantization_lines(quantised),
+        ")",
+        f"model = PeftModel.from_pretrained(model, {folder}).eval()",
+        "",
+        'texts = ["A text to classify", "Another one"]',
+        "batch = tokenizer(",
+        f'    texts, padding=True, truncation=True, max_length={record["artifact"]["max_length"]}, return_tensors="pt"',
+        ")",
+        "with torch.inference_mode():",
+        "    probabilities = model(**batch).logits.softmax(-1)",
+        "for text, row in zip(texts, probabilities):",
+        "    print(text, {label: round(p, 4) for label, p in zip(labels, row.tolist())})",
+    )
+
+
+def _quantization_lines(quantization: dict[str, Any] | None) -> list[str]:
+    if quantization is None:
+        return []
+    arguments = ["load_in_8bit=True"]
+    if quantization["bits"] == 4:
+        arguments = [
+            "load_in_4bit=True",
+            f"bnb_4bit_quant_type={json.dumps(quantization['quant_type'])}",
+            f"bnb_4bit_use_double_quant={quantization['double_quant']}",
+            "bnb_4bit_compute_dtype=torch.float32",
+        ]
+    # Without the skip list stock transformers would quantise DistilBERT's head as well.
+    arguments.append('llm_int8_skip_modules=["score", "pre_classifier", "classifier"]')
+    return [
+        "    quantization_config=BitsAndBytesConfig(",
+        *(f"        {argument}," for argument in arguments),
+        "    ),",
+    ]
+
+
+def _results(record: RunRecord) -> list[Any] | None:
+    from huggingface_hub import EvalResult
+
+    test = record["metrics"]["test"]
+    if not test:
+        return None
+    names = sorted({origin["name"] for origin in record["data"]["origins"]})
+    figures = {"accuracy": test["accuracy"], "f1": test["f1_macro"], "matthews_correlation": test["mcc"]}
+    return [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type=re.sub(r"[^\w./-]+", "-", names[0]),
+            dataset_name=", ".join(names),
+            dataset_split="test",
+            metric_type=kind,
+            metric_name="macro F1" if kind == "f1" else None,
+            metric_value=round(value, 6),
+        )
+        for kind, value in figures.items()
+    ]
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not pathlib.Path(name).exists()
+
+
+def _lines(*lines: str) -> str:
+    return "\n".join(lines)

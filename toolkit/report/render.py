@@ -1,0 +1,81 @@
+"""What the model card and the HTML report share: the template environment and the values both speak of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from toolkit.report import wording
+from toolkit.report.run_record import RunRecord
+
+LONGEST_TEXT = 600
+
+
+def render(template: str, *, record: RunRecord, recipe: str, extra: dict[str, Any]) -> str:
+    """Fill a template of ``report/templates``.
+
+    Args:
+        template: File name; ``.html`` templates escape every value.
+        record: The run.
+        recipe: The resolved recipe as YAML.
+        extra: Values of this template alone.
+    """
+    environment = Environment(
+        loader=PackageLoader("toolkit.report"),
+        autoescape=".html" in template,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "percent": lambda share, digits=2: wording.percent(share, digits=digits),
+        "count": lambda number: f"{number:,}",
+        "duration": wording.duration,
+        "size": wording.size,
+        "cell": cell,
+        "clip": clip,
+    }
+    return environment.get_template(template).render(**_shared(record, recipe), **extra)
+
+
+def cell(text: str) -> str:
+    """Return text that stays inside its cell of a Markdown table and is not read as markup."""
+    flat = " ".join(str(text).split())
+    for sign in "\\`*_[]<>|":
+        flat = flat.replace(sign, "\\" + sign)
+    return flat
+
+
+def clip(text: str) -> str:
+    """Return a text cut to a length worth reading in a table."""
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT].rstrip() + " …"
+
+
+def _shared(record: RunRecord, recipe: str) -> dict[str, Any]:
+    test, environment = record["metrics"]["test"], record["environment"]
+    method = wording.method_sentence(record["method"])
+    supports = {label: row["support"] for label, row in (test or {}).get("per_label", {}).items()}
+    named = ("python", "torch", "transformers", "peft")
+    return {
+        "record": record,
+        "recipe": recipe,
+        "labels": record["data"]["labels"],
+        "test": test,
+        "summary": wording.summary(record),
+        "method": method[0].upper() + method[1:],
+        "storage": wording.storage_sentence(record["method"], record["quantization"]),
+        "memory": wording.memory_kind(record["memory"]["kind"]),
+        "majority": wording.majority_share(supports),
+        "commonest": max(supports, key=lambda label: supports[label]) if supports else "",
+        "device": _device(environment),
+        "versions": ", ".join(f"{name} {environment[name]}" for name in named if name in environment),
+    }
+
+
+def _device(environment: dict[str, Any]) -> str:
+    device = str(environment.get("device", "not recorded"))
+    if device == "cpu":
+        device = f"{environment.get('cpu', 'cpu')}, {environment.get('threads', '?')} threads"
+    return device

@@ -1,0 +1,225 @@
+"""The run's record, result.json: its schema, and writing and reading it whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any, Literal, TypedDict, cast
+
+from toolkit.errors import OutputError, Problem
+
+FORMAT = 1
+MAX_BYTES = 16 << 20
+
+
+class BaseRecord(TypedDict):
+    """The pre-trained model a run started from.
+
+    Attributes:
+        requested: ``model.base`` of the recipe.
+        used: What served: the same, or ``model.offline_base``.
+        offline: Whether the requested base could not be reached.
+        fingerprint: ``sha256:...`` over the base's tensors and architecture.
+        name_or_path: What ``from_pretrained`` takes: a hub id or a folder.
+        model_type: ``gpt2`` or ``distilbert``.
+    """
+
+    requested: str
+    used: str
+    offline: bool
+    fingerprint: str
+    name_or_path: str
+    model_type: str
+
+
+class ArtifactRecord(TypedDict):
+    """What the run trained, as a folder inside the run folder.
+
+    Attributes:
+        kind: ``adapter`` (stock peft loads it onto the base) or ``model`` (stock transformers loads it alone).
+        folder: Its name inside the run folder.
+        max_length: Tokens of a text the model reads; the rest is cut off.
+    """
+
+    kind: Literal["adapter", "model"]
+    folder: str
+    max_length: int
+
+
+class OriginRecord(TypedDict):
+    """Where rows came from, and what exactly served them."""
+
+    name: str
+    served: str
+    sha256: str
+    rows: int
+    licence: str | None
+
+
+class DataRecord(TypedDict):
+    """The rows of a run.
+
+    Attributes:
+        origins: One entry per file or set.
+        rows: Rows by part: train, validation, test.
+        counts: Rows by part and label.
+        labels: Label names in id order; empty without labels.
+        truncated: Texts that were cut to ``max_length``.
+        warnings: One sentence each.
+    """
+
+    origins: list[OriginRecord]
+    rows: dict[str, int]
+    counts: dict[str, dict[str, int]]
+    labels: list[str]
+    truncated: int
+    warnings: list[str]
+
+
+class ParameterRecord(TypedDict):
+    """Numbers of parameters; a quantised weight counts once per element."""
+
+    total: int
+    trainable: int
+
+
+class BestRecord(TypedDict):
+    """The evaluation whose weights were kept."""
+
+    step: int
+    metric: str
+    value: float
+
+
+class MetricsRecord(TypedDict):
+    """Figures by part, as ``toolkit.evaluation.metrics.ClassificationMetrics``; ``loss`` alone without labels."""
+
+    validation: Mapping[str, Any] | None
+    test: Mapping[str, Any] | None
+
+
+class TimingRecord(TypedDict):
+    """Seconds, and real (unpadded) tokens trained on per second of training."""
+
+    train_seconds: float
+    total_seconds: float
+    tokens_per_second: float
+
+
+class MemoryRecord(TypedDict):
+    """Peak memory of training in bytes, and what was measured: ``resident set`` or ``cuda allocated``."""
+
+    peak_bytes: int
+    kind: str
+
+
+class RunRecord(TypedDict):
+    """Everything a finished run knows about itself; the content of ``result.json``.
+
+    Attributes:
+        format: Version of this schema, 1.
+        name: Name of the run folder.
+        status: ``finished``, or ``stopped early`` where early stopping ended it.
+        objective: As in the recipe.
+        created: UTC time of the end, ISO 8601.
+        method: The recipe's method section.
+        quantization: The recipe's quantization section, or null.
+        steps: Optimizer steps done.
+        epochs: Passes over the training rows, fractional.
+        environment: Versions, device, threads and platform.
+    """
+
+    format: int
+    name: str
+    status: str
+    objective: Literal["classification", "language_modeling"]
+    created: str
+    base: BaseRecord
+    artifact: ArtifactRecord
+    data: DataRecord
+    method: dict[str, Any]
+    quantization: dict[str, Any] | None
+    parameters: ParameterRecord
+    steps: int
+    epochs: float
+    best: BestRecord | None
+    metrics: MetricsRecord
+    timing: TimingRecord
+    memory: MemoryRecord
+    environment: dict[str, Any]
+
+
+def write_run_record(record: RunRecord, path: pathlib.Path) -> None:
+    """Write ``record`` as JSON; a reader sees the old file or the new one, never a part.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written.
+        ValueError: If a number is not finite.
+    """
+    write_file_atomically(path, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_run_record(path: pathlib.Path) -> RunRecord:
+    """Read a record that ``write_run_record`` wrote.
+
+    Raises:
+        OutputError: If it is missing, not JSON, of another format, or lacks keys.
+    """
+    where = str(path)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        data = json.loads(raw.decode("utf-8")) if len(raw) <= MAX_BYTES else None
+    except OSError as error:
+        raise OutputError(Problem(where, "", f"cannot be read: {error.strerror}", "the folder of a run")) from error
+    except (ValueError, RecursionError) as error:
+        raise OutputError(Problem(where, "", f"not JSON: {error}", "the result.json that a run wrote")) from error
+    if not isinstance(data, dict):
+        raise OutputError(Problem(where, "", "not a JSON object of a run", "the result.json that a run wrote"))
+    if data.get("format") != FORMAT:
+        raise OutputError(Problem(where, "format", f"is {data.get('format')!r}", f"{FORMAT}"))
+    missing = sorted(RunRecord.__required_keys__ - data.keys())
+    if missing:
+        raise OutputError(Problem(where, key, "missing", "the result.json that a run wrote") for key in missing)
+    return cast(RunRecord, data)
+
+
+def write_file_atomically(path: pathlib.Path, content: str | bytes) -> None:
+    """Replace ``path`` by ``content``: staged beside it, flushed to disk, renamed, folder flushed.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written; the old file is untouched.
+    """
+    raw = content.encode("utf-8") if isinstance(content, str) else content
+    handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a run's files follow the user's umask like any other.
+        pathlib.Path(staged).chmod(0o666 & ~_umask())
+        os.replace(staged, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(staged)
+        raise
+    _flush_folder(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush_folder(folder: pathlib.Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,114 @@
+"""How figures are put into words: durations, sizes, shares, and the one sentence that says what was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from toolkit.report.run_record import RunRecord
+
+METHODS = {
+    "full": "every weight was trained",
+    "head": "only the classification head was trained",
+}
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as ``8.3 s``, ``4 min 10 s`` or ``2 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: int) -> str:
+    """Return bytes as ``612 KiB``, ``93.1 MiB`` or ``1.42 GiB``."""
+    if count < 1 << 20:
+        return f"{count / (1 << 10):.0f} KiB"
+    if count < 1 << 30:
+        return f"{count / (1 << 20):.1f} MiB"
+    return f"{count / (1 << 30):.2f} GiB"
+
+
+def percent(share: float, *, digits: int = 2) -> str:
+    """Return a share (0 to 1) as ``95.67 %``."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def method_name(method: Mapping[str, Any]) -> str:
+    """Return the method as ``LoRA, rank 16``."""
+    name = method["name"]
+    if name == "lora":
+        return f"LoRA, rank {method['r']}"
+    if name == "last_n":
+        blocks = method["n"]
+        return "last block and head" if blocks == 1 else f"last {blocks} blocks and head"
+    return {"full": "full fine-tuning", "head": "head only"}.get(name, str(name))
+
+
+def method_sentence(method: Mapping[str, Any]) -> str:
+    """Return what was trained and what stayed frozen, as a clause."""
+    name = method["name"]
+    if name == "lora":
+        targets = method.get("target_modules", "auto")
+        where = targets if isinstance(targets, str) else ", ".join(targets)
+        return (
+            f"LoRA adapters, pairs of small matrices of rank {method['r']} added to the base's own weights, and the "
+            f"classification head were trained; the base stayed frozen (alpha {method['lora_alpha']:g}, dropout "
+            f"{method['lora_dropout']:g}, target modules: {where})"
+        )
+    if name == "last_n":
+        blocks = "the last block" if method["n"] == 1 else f"the last {method['n']} blocks"
+        return f"{blocks}, the final norm and the classification head were trained; the rest stayed frozen"
+    return METHODS.get(name, f"method {name}")
+
+
+def storage(quantization: Mapping[str, Any] | None) -> str:
+    """Return how the frozen weights were stored, as ``4-bit NF4, double quantisation``."""
+    if quantization is None:
+        return "full precision"
+    if quantization["bits"] == 8:
+        return "8-bit (LLM.int8)"
+    double = ", double quantisation" if quantization.get("double_quant") else ""
+    return f"4-bit {str(quantization['quant_type']).upper()}{double}"
+
+
+def storage_sentence(method: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> str:
+    """Return how the frozen weights were stored, as a sentence; empty where nothing was frozen."""
+    return "" if method["name"] == "full" else f"Frozen weights were stored in {storage(quantization)}."
+
+
+def memory_kind(kind: str) -> str:
+    """Return in plain words what a peak of memory counted."""
+    return {
+        "resident set": "all memory of the process",
+        "cuda allocated": "memory of the GPU",
+    }.get(kind, kind)
+
+
+def summary(record: RunRecord) -> str:
+    """Return the run in one sentence: base, method, data."""
+    rows, labels = record["data"]["rows"], record["data"]["labels"]
+    base = record["base"]["used"]
+    names = [origin["name"] for origin in record["data"]["origins"]]
+    data = f"{rows['train']:,} texts of {_joined(names)}"
+    if record["objective"] == "language_modeling":
+        return f"{base}, trained as a language model on {data}."
+    stored = "" if record["quantization"] is None else f" on weights stored in {storage(record['quantization'])}"
+    return (
+        f"{base}, fine-tuned with {method_name(record['method'])}{stored} on {data} "
+        f"to tell {len(labels)} labels apart: {_joined(labels[:8])}{' …' if len(labels) > 8 else ''}."
+    )
+
+
+def majority_share(counts: Mapping[str, int]) -> float:
+    """Return the accuracy of always answering the commonest label."""
+    total = sum(counts.values())
+    return max(counts.values()) / total if total else 0.0
+
+
+def _joined(names: list[str]) -> str:
+    unique = list(dict.fromkeys(names))
+    return " and ".join([", ".join(unique[:-1]), unique[-1]]) if len(unique) > 1 else "".join(unique)
