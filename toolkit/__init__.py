@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from toolkit.finetune import finetune
     from toolkit.inference.evaluate import evaluate
     from toolkit.inference.predict import Classifier
+    from toolkit.memory.plan import plan_memory
     from toolkit.report.run_record import RunRecord
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "finetune",
     "load_recipe",
     "merge_adapter",
+    "plan_memory",
 ]
 
 # Where each public name lives; imported on first use, because most of them bring torch.
@@ -38,6 +40,7 @@ _HOMES = {
     "finetune": "toolkit.finetune",
     "load_recipe": "toolkit.config.load",
     "merge_adapter": "toolkit.export.merge",
+    "plan_memory": "toolkit.memory.plan",
 }
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import sys
+import traceback
 from typing import Annotated, Any, Literal
 
 import typer
@@ -35,7 +36,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None, debug: Debug = False) -> None:
     """Train what a recipe describes; go on where an interrupted run stopped."""
-    from toolkit.config.load import load_recipe
+    from toolkit.config.load import load_recipe, pointing_into
     from toolkit.runtime import end_with_launcher, process_rank
 
     end_with_launcher()
@@ -44,7 +45,8 @@ def train(recipe: RecipeFile, overrides: Overrides = None, debug: Debug = False)
     from toolkit.listener import SILENT
 
     main = process_rank() == 0
-    record = finetune(checked, listener=TerminalListener() if main else SILENT)
+    with pointing_into(recipe, overrides or []):
+        record = finetune(checked, listener=TerminalListener() if main else SILENT)
     if main:
         print_result(record, pathlib.Path(str(checked.output.dir)))
 
@@ -52,13 +54,45 @@ def train(recipe: RecipeFile, overrides: Overrides = None, debug: Debug = False)
 @app.command()
 def validate(recipe: RecipeFile, overrides: Overrides = None, debug: Debug = False) -> None:
     """Check a recipe and its files without loading a model."""
-    from toolkit.config.load import load_recipe
+    from toolkit.config.load import load_recipe, pointing_into
     from toolkit.finetune import describe_inputs, read_inputs
 
     checked = load_recipe(recipe, overrides or [])
-    for line in describe_inputs(*read_inputs(checked)):
+    with pointing_into(recipe, overrides or []):
+        inputs = read_inputs(checked)
+    for line in describe_inputs(*inputs):
         OUT.print(line, markup=False, soft_wrap=True)
     OUT.print(f"{recipe}: valid", markup=False, soft_wrap=True)
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="Memory to stay within, for example 4GiB.")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where the run will be; auto: here.")
+    ] = "auto",
+    write: Annotated[
+        pathlib.Path | None, typer.Option("--write", metavar="FILE", help="New file for the changed recipe.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Predict a run's memory without loading a model; with a budget, find the fastest settings that fit."""
+    from toolkit.config.load import load_recipe, pointing_into
+    from toolkit.console_plan import print_plan
+    from toolkit.memory.plan import plan_memory, write_recipe
+
+    checked = load_recipe(recipe, overrides or [])
+    with pointing_into(recipe, overrides or []):
+        found = plan_memory(checked, budget=budget, device=device)
+    if as_json:
+        sys.stdout.write(json.dumps(found.as_dict()) + "\n")
+    else:
+        print_plan(found)
+    if write is not None:
+        write_recipe(found, write)
 
 
 @app.command()
@@ -81,6 +115,10 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Merge an adapter into its base: one standalone safetensors model, proven equal."""
+    from toolkit.export.mergeable import find_mergeable
+
+    # Said before torch is imported.
+    find_mergeable(run, output)
     from toolkit.export.merge import merge_adapter
 
     report = merge_adapter(run, output, dtype=dtype, base=base, force=force)
@@ -150,13 +188,18 @@ def main(arguments: list[str] | None = None) -> int:
         words = ["--help"]
     try:
         result = app(words, standalone_mode=False, prog_name="toolkit")
+        # Here, where a reader that has gone is noticed, and not while Python shuts down.
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except typer.TyperException as error:
         print_error(f"toolkit: {_one_line(error)} (toolkit --help lists the commands and their options)")
         return 2
     except typer.Abort:
         return 130
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as error:
+        # typer and rich answer a broken pipe with an exit code of 1.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
         # The reader has gone; Python would complain once more while it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -165,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except ToolkitError as error:
         if "--debug" in words:
-            raise
+            traceback.print_exc()
         print_error(str(error))
         return error.exit_code
 

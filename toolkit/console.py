@@ -14,8 +14,15 @@ from rich.table import Table
 if TYPE_CHECKING:
     from toolkit.report.run_record import RunRecord
 
-OUT = Console(highlight=False)
-ERR = Console(stderr=True, highlight=False)
+
+class _Terminal(Console):
+    def on_broken_pipe(self) -> None:
+        """Let the command line answer with its exit code; rich would exit with 1."""
+        raise BrokenPipeError
+
+
+OUT = _Terminal(highlight=False)
+ERR = _Terminal(stderr=True, highlight=False)
 
 
 def human_bytes(count: float) -> str:

@@ -10,11 +10,13 @@ import contextlib
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from toolkit.config.schema import Recipe
+from toolkit.adapters.methods import check_targets
+from toolkit.config.schema import LastNMethod, LoraMethod, OutputSettings, Recipe
 from toolkit.data.load import LoadedData, load_data
 from toolkit.data.splits import save_split
 from toolkit.data.tokenize import load_tokenizer
-from toolkit.errors import CheckpointError, Problem
+from toolkit.errors import CheckpointError, OutputError, Problem, RecipeError
+from toolkit.export.staging import check_space
 from toolkit.listener import SILENT, Listener
 from toolkit.models.base import Base, resolve_base
 from toolkit.report.metrics_log import MetricsLog
@@ -67,7 +69,32 @@ def read_inputs(recipe: Recipe, *, split: pathlib.Path | None = None) -> tuple[L
         InputError: If the data or the base are wrong.
     """
     data = load_data(recipe.data, supervised=recipe.objective == "classification", split_file=split)
-    return data, resolve_base(recipe.model)
+    base = resolve_base(recipe.model)
+    check_fit(recipe, data, base)
+    return data, base
+
+
+def check_fit(recipe: Recipe, data: LoadedData, base: Base) -> None:
+    """Refuse what is right in the recipe, the data and the base alone, and wrong in all three together.
+
+    Raises:
+        InputError: LoRA targets or blocks that the base lacks, token ids outside its vocabulary, or an output folder
+            around or inside the inputs.
+    """
+    method, blocks = recipe.method, base.config[base.family.layers_key]
+    if isinstance(method, LoraMethod) and isinstance(method.target_modules, list):
+        check_targets(method.target_modules, family=base.family)
+    if isinstance(method, LastNMethod) and method.n > blocks:
+        raise RecipeError(Problem("", "method.n", f"{method.n} blocks, but the base has {blocks}", f"1 to {blocks}"))
+    for name, part in data.parts.items():
+        if part.token_ids is not None:
+            where = getattr(recipe.data, name) or recipe.data.source or recipe.data.train
+            part.token_ids.check_vocabulary(base.config["vocab_size"], where=str(where), row_numbers=part.row_numbers)
+    output = pathlib.Path(str(recipe.output.dir)).resolve()
+    for given in (base.path, *(pathlib.Path(origin.served) for origin in data.origins)):
+        place = given.resolve()
+        if given.exists() and (output == place or output in place.parents or place in output.parents):
+            raise OutputError(Problem("", "output.dir", f"{output} and the input {given} lie in each other", "apart"))
 
 
 def describe_inputs(data: LoadedData, base: Base) -> list[str]:
@@ -118,6 +145,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     listener.say(f"machine: {device}, {precision}, {accelerator.num_processes} process(es)")
 
     # Training.
+    check_space(folder.path, needed=disk_estimate(parameters, settings=recipe.output, folder=folder))
     log = RunLog(MetricsLog(folder.metrics), recipe=recipe, accelerator=accelerator, listener=listener)
     trainer = Trainer(
         objective=task.objective,
@@ -137,13 +165,13 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
         progress = trainer.fit()
     finally:
         listener.end()
-        accelerator.end_training()
     peak_bytes, measured = runtime.peak_memory(device)
 
     # Evaluation, export, report.
     metrics = {part: task.judge(part) for part in ("validation", "test") if len(task.tables[part])}
     if not main:
         accelerator.wait_for_everyone()
+        accelerator.end_training()
         return read_run_record(folder.result)
     record = build_record(
         recipe,
@@ -161,6 +189,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     )
     write_reports(record, recipe=recipe, folder=folder, mistakes=error_examples(task.mistakes(), data))
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return record
 
 
@@ -173,6 +202,15 @@ def describe_training(parameters: Any, plan: Any, mean_length: float, truncated:
         f"steps: {plan.batch_size} rows x {plan.accumulation} micro-steps x {plan.processes} processes = "
         f"{plan.global_batch} a step, {plan.steps_per_epoch} steps an epoch, {plan.total_steps} in all",
     ]
+
+
+def disk_estimate(parameters: Any, *, settings: OutputSettings, folder: RunFolder) -> int:
+    """Return the bytes that checkpoints and artifact will still need, at most."""
+    from toolkit.training.checkpoint import steps_on_disk
+
+    # A checkpoint holds a weight and Adam's two moments of it in fp32; the best and the one being saved come on top.
+    checkpoints = max(1, settings.keep + 2 - len(steps_on_disk(folder.checkpoints)))
+    return int(checkpoints * 12 * parameters.trainable + 4 * parameters.total)
 
 
 def resume(trainer: Trainer, checkpoints: pathlib.Path, listener: Listener) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from toolkit.config.load import dump_recipe, load_recipe
 from toolkit.config.schema import Recipe
-from toolkit.errors import OutputError, Problem, RecipeError
+from toolkit.errors import InputError, OutputError, Problem, RecipeError
 
 # Settings that may differ between a run and its resumption: they change no weight.
 FREE = ("output",)
@@ -63,7 +63,9 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(Problem(where, "output.dir", "is a file", "a folder for the run"))
         parent = next(folder for folder in (self.path, *self.path.resolve().parents) if folder.exists())
-        if not os.access(parent, os.W_OK):
+        if not parent.is_dir():
+            raise OutputError(Problem(where, "output.dir", f"{parent} is a file", "a folder for the run"))
+        if not os.access(parent, os.W_OK | os.X_OK):
             raise OutputError(Problem(where, "output.dir", "is not writable", "a folder you may write to"))
         if not self.path.exists() or not any(name.name != ".lock" for name in self.path.iterdir()):
             return "new"
@@ -97,16 +99,38 @@ class RunFolder:
     def claimed(self, recipe: Recipe) -> Iterator[None]:
         """Hold the folder for this process alone, cleared first where the recipe says overwrite.
 
+        A folder that is new, and in which the input is refused before the first step, is removed again.
+
         Raises:
-            OutputError: If another process holds it (its pid is named).
+            OutputError: If it cannot be made, or another process holds it (its pid is named).
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            wrong = f"cannot be made: {error.strerror}"
+            raise OutputError(Problem(str(self.path), "output.dir", wrong, "a folder you may write to")) from error
         with _locked(self.path / ".lock", str(self.path)):
             if recipe.output.overwrite:
                 self._clear()
-            if not self.recipe.exists():
+            new = not self.recipe.exists()
+            if new:
                 write_text(self.recipe, dump_recipe(recipe))
-            yield
+            try:
+                yield
+            except InputError:
+                if new and not self.checkpoints.exists() and not self.metrics.exists():
+                    self._withdraw(made)
+                raise
+
+    def _withdraw(self, made: list[pathlib.Path]) -> None:
+        """Take back what a refused start wrote."""
+        self._clear()
+        if made:
+            (self.path / ".lock").unlink()
+        for folder in made:
+            with contextlib.suppress(OSError):  # Another run may live beside this one by now.
+                folder.rmdir()
 
     def _clear(self) -> None:
         for entry in self.path.iterdir():

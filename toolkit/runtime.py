@@ -6,10 +6,13 @@ torch and accelerate are imported inside the functions, so that rooms which need
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import platform
 from typing import TYPE_CHECKING, Any, Literal
+
+from toolkit.errors import CapabilityError, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -50,9 +53,19 @@ def choose_precision(wanted: Literal["auto", "fp32", "bf16", "fp16"], device: to
 def build_accelerator(
     *, device: torch.device, precision: Precision, tracker: str | None, logging_dir: pathlib.Path
 ) -> Accelerator:
-    """Return accelerate's view of the processes that the launcher started (one without a launcher)."""
-    from accelerate import Accelerator
+    """Return accelerate's view of the processes that the launcher started (one without a launcher).
 
+    Raises:
+        CapabilityError: If the tracker's library is not installed.
+    """
+    if tracker is not None and importlib.util.find_spec(tracker) is None:
+        right = "pip install 'classifier-toolkit[trackers]', or output.tracker: null"
+        raise CapabilityError(Problem("", "output.tracker", f"{tracker} is not installed", right))
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    # accelerate keeps the first run's precision for the whole process; a second run brings its own.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,

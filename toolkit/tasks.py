@@ -29,7 +29,13 @@ from toolkit.models.base import Base, resolve_folder
 from toolkit.models.forward import checkpoint_activations, classify
 from toolkit.models.head_start import scale_to_width, start_from_encoder, start_masked_head
 from toolkit.models.load import load_classifier, load_language_model
-from toolkit.training.objectives import ClassificationObjective, LanguageModelingObjective, Objective, mean_loss
+from toolkit.training.objectives import (
+    ClassificationObjective,
+    LanguageModelingObjective,
+    Objective,
+    frequent_tokens,
+    mean_loss,
+)
 
 PARTS = ("train", "validation", "test")
 EVALUATION_BATCH = 32
@@ -175,6 +181,10 @@ class LanguageModelingTask:
         if recipe.training.gradient_checkpointing:
             checkpoint_activations(self.model)
         self._tokenizer = tokenizer
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        wanted = recipe.language_modeling.target_tokens
+        # The same tokens for every part: a loss over others could not be compared.
+        self._targets = frequent_tokens(self.tables["train"], vocabulary=vocabulary, count=wanted)
         self.objective = self._objective("train")
 
     def _start(self, encoder: str | None) -> None:
@@ -191,7 +201,8 @@ class LanguageModelingTask:
         return LanguageModelingObjective(
             self.model,
             table=self.tables[part],
-            settings=self._recipe.language_modeling,
+            targets=self._targets,
+            mask_probability=self._recipe.language_modeling.mask_probability,
             mask_id=self._tokenizer.special.get("mask"),
             special_ids=tuple(self._tokenizer.special.values()),
             pad_id=self._tokenizer.pad_id,

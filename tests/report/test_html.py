@@ -102,9 +102,9 @@ def test_without_labels_or_images(record: RunRecord, tmp_path: pathlib.Path) -> 
     record["objective"] = "language_modeling"
     record["method"] = {"name": "full"}
     record["data"] |= {"labels": [], "counts": {}}
-    record["metrics"] = {"validation": {"loss": 5.7}, "test": None}
+    record["metrics"] = {"validation": {"loss": 5.7, "perplexity": 298.9}, "test": None}
     record["best"] = None
     write_report(record, tmp_path / "report.html", recipe="")
     text = words((tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert "Validation loss 5.7000" in text
+    assert "Held-out loss 5.7000" in text
     assert "Errors worth reading" not in text

@@ -111,8 +111,8 @@ def test_a_language_model_gets_a_card(record: RunRecord, tmp_path: pathlib.Path)
     record["method"], record["quantization"] = {"name": "full"}, None
     record["artifact"] = {"kind": "model", "folder": "model", "max_length": 128}
     record["data"] |= {"labels": [], "counts": {}}
-    record["metrics"] = {"validation": {"loss": 5.7}, "test": None}
+    record["metrics"] = {"validation": {"loss": 5.7, "perplexity": 298.9}, "test": None}
     card = write(record, tmp_path)
     assert "pipeline_tag: text-generation" in card
-    assert "Validation loss: 5.7000" in card
+    assert "Held-out loss: 5.7000" in card
     assert "AutoModelForCausalLM" in card

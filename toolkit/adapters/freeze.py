@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TYPE_CHECKING
 
 from toolkit.config.schema import FullMethod, HeadMethod, LastNMethod
 from toolkit.errors import CapabilityError, Problem, RecipeError
 from toolkit.families import Family
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def trained_prefixes(method: FullMethod | HeadMethod | LastNMethod, family: Family, *, blocks: int) -> tuple[str, ...]:

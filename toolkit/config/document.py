@@ -91,6 +91,9 @@ class _Reader:
         if isinstance(node, MappingNode):
             return self._read_mapping(node, path)
         if isinstance(node, SequenceNode):
+            if node.tag != "tag:yaml.org,2002:seq":
+                self._report(node, path, f"tag {node.tag!r}", "plain values; tags are never run")
+                return None
             return [self.read(item, (*path, index)) for index, item in enumerate(node.value)]
         return self._read_scalar(node, path)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,7 +17,7 @@ from toolkit.config.document import Document, Path, parse_yaml
 from toolkit.config.problems import dotted, explain, locate
 from toolkit.config.rules import broken_rules
 from toolkit.config.schema import Recipe
-from toolkit.errors import Problem, RecipeError, nearest
+from toolkit.errors import InputError, Problem, RecipeError, nearest
 
 MAX_BYTES = 1 << 20
 DEFAULT_EPOCHS = 5
@@ -66,6 +68,30 @@ def _validate(recipe: Document, documents: dict[Path, Document]) -> Recipe:
         training = checked.training.model_copy(update={"epochs": DEFAULT_EPOCHS})
         checked = checked.model_copy(update={"training": training})
     return checked
+
+
+@contextlib.contextmanager
+def pointing_into(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Give problems that name a field of a recipe, and no file, the place where that recipe sets the field.
+
+    Args:
+        path: The file that ``load_recipe`` read.
+        overrides: The overrides it was given.
+
+    Raises:
+        InputError: The error of the block, its problems placed.
+    """
+    try:
+        yield
+    except InputError as error:
+        if all(problem.where for problem in error.problems):
+            raise
+        recipe = parse_yaml(read_text(pathlib.Path(path)), source=str(path))
+        documents = apply_overrides(recipe.data, overrides)
+        raise type(error)(
+            replace(problem, where=problem.where or locate(tuple(problem.field.split(".")), documents, recipe))
+            for problem in error.problems
+        ) from error
 
 
 def read_text(path: pathlib.Path) -> str:

@@ -6,19 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from toolkit.data.shuffle import permutation
+from toolkit.data.shuffle import epoch_order as epoch_order
 from toolkit.data.tokens import TokenTable, gather
-
-
-def epoch_order(n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return the order in which an epoch visits the rows, int64, shape (n,); a pure function of its arguments.
-
-    Args:
-        n: Rows.
-        seed: The recipe's training seed.
-        epoch: Counted from 0.
-    """
-    return permutation(n, seed=seed, stream=epoch)
 
 
 def collate(

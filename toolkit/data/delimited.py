@@ -133,9 +133,13 @@ def _check_columns(header: Sequence[str], where: str, columns: Columns, delimite
     problems = missing_columns(f"{where}:1", header, wanted)
     if not problems:
         return
+    if other := _other_delimiter(header, columns, delimiter):
+        wrong = f"the fields are separated by a {NAMES[other]}, expected a {NAMES[delimiter]}"
+        fix = {",": "name the file .csv", "\t": "name the file .tsv"}.get(other, "save it with commas or tabs")
+        raise DataError(Problem(f"{where}:1", "header", wrong, fix))
     needed = sum(column is not None for _, column in wanted)
-    right = _delimiter_hint(header, columns, delimiter)
-    if not right and len(problems) == needed and len(header) >= needed:
+    right = ""
+    if len(problems) == needed and len(header) >= needed:
         right = f"{problems[0].right}; is the header line missing?"
     raise DataError(
         Problem(problem.where, problem.field, problem.wrong, right or f"{problem.right}{_near(column, header)}")
@@ -148,13 +152,13 @@ def _near(column: str, header: Sequence[str]) -> str:
     return f"; {hint}" if hint else ""
 
 
-def _delimiter_hint(header: Sequence[str], columns: Columns, delimiter: str) -> str:
+def _other_delimiter(header: Sequence[str], columns: Columns, delimiter: str) -> str:
+    """Return the delimiter that would make a wanted column appear, or nothing."""
     text = delimiter.join(header)
-    for other, name in NAMES.items():
+    for other in NAMES:
         fields = [field.strip('"') for field in text.split(other)]
         if other != delimiter and (columns.text in fields or columns.label in fields) and len(fields) > 1:
-            fix = {",": "name the file .csv", "\t": "name the file .tsv"}.get(other, "save it with commas or tabs")
-            return f"the fields are separated by a {name}, expected a {NAMES[delimiter]}: {fix}"
+            return other
     return ""
 
 

@@ -66,12 +66,13 @@ class TokenTable:
             table.ids[table.offsets[1:][long] - 1] = self.ids[self.offsets[1:][long] - 1]
         return table
 
-    def check_vocabulary(self, size: int, *, where: str) -> None:
+    def check_vocabulary(self, size: int, *, where: str, row_numbers: NDArray[np.int64] | None = None) -> None:
         """Refuse ids that the model has no embedding for.
 
         Args:
             size: Rows of the embedding.
             where: File the table was read from.
+            row_numbers: int64, shape (rows,), the file's rows from 0; None where row i is row i.
 
         Raises:
             DataError: An id is negative or not below ``size``; names the first row.
@@ -80,6 +81,7 @@ class TokenTable:
         if not len(bad):
             return
         row = int(np.searchsorted(self.offsets, bad[0], side="right"))
+        row = row if row_numbers is None else int(row_numbers[row - 1]) + 1
         wrong = f"token id {int(self.ids[bad[0]])} is outside the vocabulary; {len(bad)} ids are"
         raise DataError(Problem(f"{where}:{row}", "token ids", wrong, f"ids from 0 to {size - 1}"))
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -16,13 +16,13 @@ from toolkit.adapters.check import read_adapter_config, read_adapter_tensors
 from toolkit.adapters.save import load_adapter
 from toolkit.config.schema import QuantizationSettings
 from toolkit.data.tokenize import load_tokenizer
-from toolkit.errors import AdapterError, Problem
-from toolkit.export.artifact import Artifact, ArtifactFacts, Manifest, find_artifact, verify_files, write_manifest
+from toolkit.export.artifact import Artifact, ArtifactFacts, Manifest, verify_files, write_manifest
+from toolkit.export.mergeable import find_mergeable
 from toolkit.export.model import tensor_shapes, write_model_files
 from toolkit.export.parity import Parity, prove_parity, reference_logits
-from toolkit.export.staging import check_output, staged_folder
+from toolkit.export.staging import staged_folder
 from toolkit.export.stream import MAX_SHARD_BYTES
-from toolkit.export.trained_base import resolve_trained_base
+from toolkit.export.trained_base import check_settings, resolve_trained_base
 from toolkit.export.weights import FolderReader, MergedWeights, lora_scaling
 from toolkit.models.base import Base
 from toolkit.models.load import classifier_config, load_classifier
@@ -97,10 +97,8 @@ def merge_adapter(
     """
     started = time.perf_counter()
     source, output = pathlib.Path(source), pathlib.Path(output)
-    artifact = find_artifact(source)
-    _check_mergeable(artifact)
+    artifact = find_mergeable(source, output)
     verify_files(artifact.folder, artifact.manifest)
-    check_output(output, inside_of=artifact.run or artifact.folder)
     found = resolve_trained_base(artifact, base=base, force=force)
     manifest = artifact.manifest
     tokenizer = load_tokenizer(found.path, kind=found.family.tokenizer)
@@ -133,17 +131,10 @@ def merge_adapter(
     )
 
 
-def _check_mergeable(artifact: Artifact) -> None:
-    where, manifest = str(artifact.folder), artifact.manifest
-    if manifest.merge is not None:
-        raise AdapterError(Problem(where, "merge", "is merged already", "the run that it was merged from"))
-    if not manifest.labels:
-        raise AdapterError(Problem(where, "labels", "a language model has no adapter to merge", "a classifier's run"))
-
-
 def _live(artifact: Artifact, base: Base) -> nn.Module:
     """Return the trained model as it ran: the base, quantised as in training, under its adapter."""
     adapter = artifact.kind == "adapter"
+    check_settings(artifact, base.family)
     model = load_classifier(
         base,
         labels=tuple(artifact.manifest.labels),
@@ -177,7 +168,6 @@ def _weights(artifact: Artifact, base: Base, skeleton: PreTrainedModel) -> Itera
             yield reader.read, lambda: 0
             return
         settings = read_adapter_config(artifact.folder, family=base.family)
-        _check_settings(settings, artifact)
         merged = MergedWeights(
             reader,
             skeleton,
@@ -192,17 +182,6 @@ def _weights(artifact: Artifact, base: Base, skeleton: PreTrainedModel) -> Itera
             return merged.adapted
 
         yield merged.read, count
-
-
-def _check_settings(settings: dict[str, Any], artifact: Artifact) -> None:
-    method, where = artifact.manifest.method, str(artifact.folder / "adapter_config.json")
-    problems = [
-        Problem(where, key, f"is {settings[key]!r}", f"{method[key]!r} by the manifest")
-        for key in ("r", "lora_alpha")
-        if key in method and settings[key] != method[key]
-    ]
-    if problems:
-        raise AdapterError(problems)
 
 
 def _merged_facts(manifest: Manifest, base: Base, *, dtype: str, parity: Parity) -> ArtifactFacts:

@@ -47,11 +47,15 @@ def staged_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yield an empty folder beside ``output``; when the block ends well it becomes ``output``, else it is removed.
 
     Raises:
-        OutputError: If ``output`` appeared meanwhile.
+        OutputError: If the folder cannot be made, or ``output`` appeared meanwhile.
         OSError: If the disk is full.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = pathlib.Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging = pathlib.Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    except OSError as error:
+        wrong, right = f"cannot be made: {error.strerror}", "a folder that you may write"
+        raise OutputError(Problem(str(output), "output", wrong, right)) from error
     try:
         staging.chmod(0o777 & ~_umask())
         yield staging

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import pathlib
 
-from toolkit.config.schema import ModelSettings
+from toolkit.adapters.methods import target_modules
+from toolkit.config.schema import LoraMethod, ModelSettings
 from toolkit.errors import AdapterError, Problem
 from toolkit.export.artifact import Artifact
+from toolkit.families import Family
 from toolkit.models.base import Base, resolve_base
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,29 @@ def resolve_trained_base(artifact: Artifact, *, base: str | None = None, force: 
         raise AdapterError(Problem(str(artifact.folder), "base", wrong, "the base it was trained on"))
     logger.warning("%s: %s; going on because of force", artifact.folder, wrong)
     return found
+
+
+def check_settings(artifact: Artifact, family: Family) -> None:
+    """Hold an adapter's own settings against the method in its manifest; other artifacts pass.
+
+    Raises:
+        AdapterError: For each of r, lora_alpha and target_modules that differs.
+    """
+    if artifact.kind != "adapter":
+        return
+    from toolkit.adapters.check import CONFIG, read_adapter_config
+
+    method = LoraMethod.model_validate(artifact.manifest.method)
+    wanted = {"r": method.r, "lora_alpha": method.lora_alpha, "target_modules": target_modules(method, family)}
+    found = read_adapter_config(artifact.folder, family=family)
+    found["target_modules"] = sorted(found["target_modules"])
+    problems = [
+        Problem(str(artifact.folder / CONFIG), key, f"is {found[key]!r}", f"{value!r} by the manifest")
+        for key, value in wanted.items()
+        if found[key] != value
+    ]
+    if problems:
+        raise AdapterError(problems)
 
 
 def _name(artifact: Artifact) -> str:

@@ -20,7 +20,7 @@ from toolkit.errors import AdapterError, Problem
 from toolkit.evaluation.evaluate import predict_logits
 from toolkit.evaluation.metrics import softmax
 from toolkit.export.artifact import Artifact, find_artifact, verify_files
-from toolkit.export.trained_base import resolve_trained_base
+from toolkit.export.trained_base import check_settings, resolve_trained_base
 from toolkit.inference.texts import read_texts
 from toolkit.runtime import choose_device
 
@@ -90,6 +90,7 @@ class Classifier:
         from toolkit.adapters.save import load_adapter
         from toolkit.models.load import load_classifier
 
+        check_settings(artifact, base.family)
         target = choose_device(device)
         model = load_classifier(
             base, labels=tuple(manifest.labels), quantization=_quantization(artifact), seed=0, device=target

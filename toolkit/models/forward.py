@@ -1,4 +1,4 @@
-"""Runs a classifier: the stock architectures, pooled on the last real token, with the head in its own dtype."""
+"""Runs a classifier: the stock architectures, without padding, pooled on a real token, the head in its own dtype."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import transformers
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from toolkit.models.flat import pooled_states, runs_flat
+
 
 class GPT2ForSequenceClassification(transformers.GPT2ForSequenceClassification):  # type: ignore[misc]
     """Stock GPT-2 classifier that pools by attention mask.
 
     The stock forward takes the rightmost token that is not the pad id: with pad = eos it loses a text's own last eos.
-    It also scores every position; this one scores the pooled one alone. It carries the stock name because
-    `save_pretrained` writes the class name into config.json.
+    It also scores every position; this one scores the pooled one alone, and runs without padding. It carries the stock
+    name because `save_pretrained` writes the class name into config.json.
     """
 
     def forward(
@@ -42,12 +44,16 @@ class GPT2ForSequenceClassification(transformers.GPT2ForSequenceClassification):
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("input_ids is needed, inputs_embeds is not supported")
-        hidden = self.transformer(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        return SequenceClassifierOutput(logits=self.score(_head_input(_last_real(hidden, attention_mask), self.score)))
+        if runs_flat(self):
+            pooled = pooled_states(self, input_ids, attention_mask)
+        else:
+            hidden = self.transformer(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+            pooled = _last_real(hidden, attention_mask)
+        return SequenceClassifierOutput(logits=self.score(_head_input(pooled, self.score)))
 
 
 class DistilBertForSequenceClassification(transformers.DistilBertForSequenceClassification):  # type: ignore[misc]
-    """Stock DistilBERT classifier whose fp32 head accepts a bf16 or fp16 body."""
+    """Stock DistilBERT classifier that runs without padding and whose fp32 head accepts a bf16 or fp16 body."""
 
     def forward(
         self,
@@ -72,8 +78,11 @@ class DistilBertForSequenceClassification(transformers.DistilBertForSequenceClas
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("input_ids is needed, inputs_embeds is not supported")
-        hidden = self.distilbert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        pooled = self.pre_classifier(_head_input(hidden[:, 0], self.pre_classifier))
+        if runs_flat(self):
+            pooled = pooled_states(self, input_ids, attention_mask)
+        else:
+            pooled = self.distilbert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
+        pooled = self.pre_classifier(_head_input(pooled, self.pre_classifier))
         return SequenceClassifierOutput(logits=self.classifier(self.dropout(torch.relu(pooled))))
 
 

@@ -144,7 +144,7 @@ def _results(record: RunRecord) -> list[Any] | None:
     from huggingface_hub import EvalResult
 
     test = record["metrics"]["test"]
-    if not test:
+    if not test or not record["data"]["labels"]:
         return None
     names = sorted({origin["name"] for origin in record["data"]["origins"]})
     figures = {"accuracy": test["accuracy"], "f1": test["f1_macro"], "matthews_correlation": test["mcc"]}

@@ -54,15 +54,19 @@ def clip(text: str) -> str:
 
 
 def _shared(record: RunRecord, recipe: str) -> dict[str, Any]:
-    test, environment = record["metrics"]["test"], record["environment"]
+    metrics, environment = record["metrics"], record["environment"]
+    test = metrics["test"] if record["data"]["labels"] else None
+    # A language model is judged by its loss, on the test part where there is one.
+    language = None if record["data"]["labels"] else metrics["test"] or metrics["validation"]
     method = wording.method_sentence(record["method"])
-    supports = {label: row["support"] for label, row in (test or {}).get("per_label", {}).items()}
+    supports = {label: row["support"] for label, row in test["per_label"].items()} if test else {}
     named = ("python", "torch", "transformers", "peft")
     return {
         "record": record,
         "recipe": recipe,
         "labels": record["data"]["labels"],
         "test": test,
+        "language": language,
         "summary": wording.summary(record),
         "method": method[0].upper() + method[1:],
         "storage": wording.storage_sentence(record["method"], record["quantization"]),

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as functional
 from torch import nn
 
-from toolkit.config.schema import LanguageModelingSettings
 from toolkit.data.batching import collate
 from toolkit.data.tokens import TokenTable
 from toolkit.models.forward import classify
@@ -60,8 +59,8 @@ class ClassificationObjective(nn.Module):
 class LanguageModelingObjective(nn.Module):
     """Next-token (GPT-2) or masked-token (DistilBERT; Devlin et al. 2019) cross entropy, summed over tokens.
 
-    With ``target_tokens`` the softmax runs over the most frequent tokens of the corpus alone; positions whose target is
-    rarer carry no loss. At small widths the softmax is most of the work.
+    The softmax runs over ``targets`` alone (``frequent_tokens`` of the training part); positions with another target
+    carry no loss. At small widths the softmax is most of the work.
     """
 
     def __init__(
@@ -69,7 +68,8 @@ class LanguageModelingObjective(nn.Module):
         model: nn.Module,
         *,
         table: TokenTable,
-        settings: LanguageModelingSettings,
+        targets: torch.Tensor,
+        mask_probability: float,
         mask_id: int | None,
         special_ids: tuple[int, ...],
         pad_id: int,
@@ -77,11 +77,11 @@ class LanguageModelingObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self._table, self._settings, self._mask_id = table, settings, mask_id
+        self._table, self._mask_probability, self._mask_id = table, mask_probability, mask_id
         self._pad_id, self._seed = pad_id, seed
         vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
         self._special = torch.tensor(special_ids, dtype=torch.int64)
-        self._targets = frequent_tokens(table, vocabulary=vocabulary, count=settings.target_tokens)
+        self._targets = targets
         self._class_of = torch.full((vocabulary,), -100)
         self._class_of[self._targets] = torch.arange(len(self._targets))
         self._vocabulary = vocabulary
@@ -111,7 +111,7 @@ class LanguageModelingObjective(nn.Module):
         # Drawn from the step and the first row, never from a running generator: a resumed run masks the same tokens.
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + step) * 1_000_003 + first)
         eligible = real & ~torch.isin(ids, self._special)
-        chosen = eligible & (torch.rand(ids.shape, generator=generator) < self._settings.mask_probability)
+        chosen = eligible & (torch.rand(ids.shape, generator=generator) < self._mask_probability)
         fate = torch.rand(ids.shape, generator=generator)
         noise = torch.randint(self._vocabulary, ids.shape, generator=generator)
         masked = torch.where(chosen & (fate < 0.8), torch.tensor(self._mask_id), ids)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from toolkit.data.batching import epoch_order
+from toolkit.data.shuffle import epoch_order
 
 Rows = npt.NDArray[np.int64]
 

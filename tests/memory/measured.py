@@ -1,0 +1,111 @@
+"""Measures what a real training step allocates on the CPU: the allocator's own events, temporaries included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from toolkit.adapters.apply import apply_method
+from toolkit.config.schema import Recipe
+from toolkit.data.tokens import TokenTable
+from toolkit.families import FAMILIES
+from toolkit.models.forward import CLASSIFIERS, checkpoint_activations
+from toolkit.training.objectives import ClassificationObjective
+from toolkit.training.optim import build_optimizer
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "model_type": "gpt2", "vocab_size": 3000, "n_positions": 128, "n_embd": 64, "n_layer": 3, "n_head": 2,
+        "bos_token_id": 0, "eos_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    },
+    "distilbert": {
+        "model_type": "distilbert", "vocab_size": 3000, "max_position_embeddings": 128, "dim": 64, "hidden_dim": 256,
+        "n_layers": 3, "n_heads": 2, "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0,
+    },
+}  # fmt: skip
+DROPPING = {
+    "gpt2": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
+    "distilbert": {"dropout": 0.1, "attention_dropout": 0.1},
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes: what a step finds (weights, optimizer state), its peak in all, and what its forward pass leaves."""
+
+    held: int
+    peak: int
+    saved: int
+    trainable: int
+
+
+def build_model(config: dict[str, Any], recipe: Recipe) -> torch.nn.Module:
+    """A classifier of this config with random weights and the recipe's method."""
+    import transformers
+
+    kind = config["model_type"]
+    made = {"gpt2": transformers.GPT2Config, "distilbert": transformers.DistilBertConfig}[kind](
+        **{key: value for key, value in config.items() if key != "model_type"}, num_labels=2, pad_token_id=0
+    )
+    made.use_cache = False
+    model = CLASSIFIERS[kind](made)
+    model = apply_method(model, recipe.method, family=FAMILIES[kind], base_name="pico", seed=1)
+    if recipe.training.gradient_checkpointing:
+        checkpoint_activations(model)
+    return model
+
+
+def measure(config: dict[str, Any], recipe: Recipe, lengths: list[int]) -> Measured:
+    """Take two optimizer steps on one batch of these lengths and measure the second, when Adam's state exists."""
+    model = build_model(config, recipe)
+    table = TokenTable.from_lengths(
+        np.random.default_rng(0).integers(5, config["vocab_size"], sum(lengths)).astype(np.int32),
+        np.array(lengths, dtype=np.int64),
+    )
+    labels = np.arange(len(lengths), dtype=np.int64) % 2
+    objective = ClassificationObjective(model, table=table, labels=labels, pad_id=0)
+    optimizer = build_optimizer(model, recipe.training, embeddings=FAMILIES[config["model_type"]].embeddings)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.train()
+    micro_batches = [np.arange(len(lengths))] * recipe.training.gradient_accumulation_steps
+
+    def forward(rows: np.ndarray) -> torch.Tensor:
+        return objective(objective.batch(rows, step=0))
+
+    def step() -> None:
+        for rows in micro_batches:
+            forward(rows).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    held = _held(model, optimizer)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    peak = _peak(seen)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        loss = forward(micro_batches[0])
+    saved = sum(event.nbytes() for event in _events(seen))
+    del loss
+    return Measured(held=held, peak=held + peak, saved=saved, trainable=sum(p.numel() for p in trained))
+
+
+def _held(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def _events(seen: profile) -> list[Any]:
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return sorted(events, key=lambda event: event.start_ns())
+
+
+def _peak(seen: profile) -> int:
+    return int(np.cumsum([event.nbytes() for event in _events(seen)]).max())

@@ -1,0 +1,96 @@
+"""A budget: settings of the same effective batch that fit, or what would."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from pico import TEXTS, write_tokenizer
+
+from toolkit import plan_memory
+from toolkit.config.load import load_recipe
+from toolkit.errors import InputError, OutputError
+from toolkit.memory.inputs import parse_bytes
+from toolkit.memory.plan import write_recipe
+
+MIB = 2**20
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A recipe on a base that has a config and a tokenizer, and no weights."""
+    base = tmp_path / "base"
+    vocabulary = write_tokenizer(base, "gpt2")
+    config = {
+        "model_type": "gpt2", "vocab_size": vocabulary, "n_positions": 512, "n_embd": 512, "n_layer": 8, "n_head": 8,
+        "architectures": ["GPT2LMHeadModel"], "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    (base / "config.json").write_text(json.dumps(config))
+    rows = [f"{'ham' if i % 2 else 'spam'},{' '.join([TEXTS[i % 4]] * (1 + i % 9))} {i}" for i in range(120)]
+    (tmp_path / "data.csv").write_text("label,text\n" + "\n".join(rows) + "\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: {{base: '{base}'}}\ndata: {{source: '{tmp_path / 'data.csv'}'}}\nevaluation: {{every: end}}\n"
+        "method: {name: full}\ntraining: {epochs: 2, batch_size: 8, gradient_accumulation_steps: 2}\n"
+    )
+    return path
+
+
+def test_the_parts_add_up_and_larger_batches_need_more(written):
+    small, large = (plan_memory(load_recipe(written, [f"training.batch_size={n}"]), device="cpu") for n in (4, 32))
+    assert sum(small.estimate.breakdown.values()) == small.estimate.peak_bytes < large.estimate.peak_bytes
+    assert small.fits is None
+
+
+def test_a_budget_is_met_at_the_same_effective_batch(written):
+    recipe = load_recipe(written, ["training.batch_size=32", "data.split.validation=0", "data.split.train=0.8"])
+    free = plan_memory(recipe, device="cpu")
+    found = plan_memory(recipe, budget=free.estimate.peak_bytes - 60 * MIB, device="cpu")
+    assert found.fits
+    assert found.estimate.peak_bytes <= found.budget_bytes
+    training = found.recipe.training
+    assert training.batch_size * training.gradient_accumulation_steps == 64
+    assert all(change.exact for change in found.changes)
+    saved = sum(change.saves_bytes for change in found.changes)
+    assert saved == free.estimate.peak_bytes - found.estimate.peak_bytes
+
+
+def test_what_cannot_fit_is_explained(written):
+    found = plan_memory(load_recipe(written), budget="760MiB", device="cpu")
+    assert found.fits is False
+    assert not found.changes
+    assert "the least this recipe needs" in found.advice[0]
+    assert any("method.name=head fits" in line for line in found.advice)
+
+
+def test_the_written_recipe_is_the_plan(written, tmp_path):
+    found = plan_memory(load_recipe(written), budget="4GiB", device="cpu")
+    write_recipe(found, tmp_path / "planned.yaml")
+    assert load_recipe(tmp_path / "planned.yaml") == found.recipe
+    with pytest.raises(OutputError, match="exists already"):
+        write_recipe(found, tmp_path / "planned.yaml")
+
+
+def test_the_command_prints_json_without_torch(written):
+    code = (
+        "import sys; from toolkit.cli import main\n"
+        f"code = main(['plan', {str(written)!r}, '--json', '--device', 'cpu', '--budget', '4GiB'])\n"
+        "sys.exit(code or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert {"peak_bytes", "breakdown", "fits", "budget_bytes", "changes"} <= found.keys()
+    assert found["fits"] is True
+
+
+@pytest.mark.parametrize(("text", "size"), [("4GiB", 4 << 30), ("512 MiB", 512 << 20), ("2GB", 2 * 10**9), ("77", 77)])
+def test_sizes_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1GiB", "0", "4 TiBs", "nan", "inf GiB"])
+def test_wrong_sizes_are_refused(text):
+    with pytest.raises(InputError, match="--budget"):
+        parse_bytes(text)

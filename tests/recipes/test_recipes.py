@@ -1,0 +1,98 @@
+"""Every recipe in the repository: valid, short, its header true, and one real step on a small model."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pico import pico_cache
+
+from toolkit.config.load import load_recipe, recipe_schema
+from toolkit.finetune import finetune
+
+__all__ = ["pico_cache"]
+
+ROOT = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name != "accelerate")
+ACCELERATE = sorted((ROOT / "accelerate").glob("*.yaml"))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_there_are_recipes_for_the_whole_ladder():
+    assert {path.stem for path in RECIPES} >= {
+        "gpt2_lora", "gpt2_qlora_4bit", "gpt2_lora_8bit", "gpt2_full", "gpt2_last_block", "gpt2_head",
+        "distilbert_lora", "distilbert_qlora_4bit", "distilbert_full", "distilbert_last_block",
+        "distilbert_sentiment_npy", "gpt2_medium_qlora", "gpt2_mini", "distilbert_mini",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_header_points_the_editor_and_gives_the_command(path):
+    lines = path.read_text().splitlines()
+    schema = path.parent / lines[0].partition("$schema=")[2]
+    assert schema.resolve() == ROOT / "schema.json"
+    commands = [line.removeprefix("#").strip() for line in lines if line.startswith("#   ")]
+    launches = [command for command in commands if command.startswith("accelerate launch")]
+    assert [shlex.split(command)[-1] for command in launches] == [str(path.relative_to(ROOT.parent))]
+
+
+def test_schema_file_is_the_schema():
+    assert json.loads((ROOT / "schema.json").read_text()) == recipe_schema()
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> str:
+    path = tmp_path / "texts.csv"
+    path.write_text("label,text\n" + "".join(f"{'ham' if i % 2 else 'spam'},some words {i}\n" for i in range(60)))
+    return str(path)
+
+
+@pytest.fixture
+def token_ids(tmp_path: Path) -> str:
+    array = np.random.default_rng(0).integers(5, 40, size=(60, 12)).astype(np.int32)
+    array[::3, 8:-1] = 0
+    array[:, -1] = np.arange(60) % 2
+    np.save(tmp_path / "tokens.npy", array)
+    return str(tmp_path / "tokens.npy")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_one_step_of_every_recipe(path, tmp_path, pico_cache, texts, token_ids):
+    recipe = load_recipe(path)
+    named = f"{recipe.model.base} {recipe.model.offline_base}"
+    family = "distilbert" if "distilbert" in named else "gpt2"
+    source = token_ids if (recipe.data.source or "").endswith(".npy") else texts
+    overrides = [
+        f"model.base={pico_cache(family)}", "model.max_length=16", f"data.source={source}",
+        "data.split={train: 0.6, validation: 0.2, test: 0.2}", "training.max_steps=1", "training.batch_size=4",
+        f"output.dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    if recipe.model.embeddings_from is not None:
+        overrides.append("model.embeddings_from=null")
+    record = finetune(load_recipe(path, overrides))
+    assert record["steps"] == 1
+    assert record["method"]["name"] == recipe.method.name
+    assert record["quantization"] == (None if recipe.quantization is None else recipe.quantization.model_dump())
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=name_of)
+def test_accelerate_reads_every_launch_configuration(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 1
+    assert config.mixed_precision == "no"
+
+
+def test_the_readme_lists_every_recipe():
+    text = (ROOT / "README.md").read_text()
+    for path in RECIPES:
+        assert f"({path.relative_to(ROOT)})" in text, path
+    for path in ACCELERATE:
+        assert f"`{path.stem}`" in text, path

@@ -1,0 +1,30 @@
+"""What can be merged, and where to: all that can be said before torch is imported."""
+
+from __future__ import annotations
+
+import pathlib
+
+from toolkit.errors import AdapterError, Problem
+from toolkit.export.artifact import Artifact, find_artifact
+from toolkit.export.staging import check_output
+
+
+def find_mergeable(source: pathlib.Path, output: pathlib.Path) -> Artifact:
+    """Return the artifact that ``source`` means.
+
+    Args:
+        source: A run folder, or the adapter or model folder in it.
+        output: The folder to be made.
+
+    Raises:
+        AdapterError: If there is no artifact, or it is merged already, or is a language model.
+        OutputError: If the output exists, lies in the input, or cannot be written.
+    """
+    artifact = find_artifact(source)
+    where, manifest = str(artifact.folder), artifact.manifest
+    if manifest.merge is not None:
+        raise AdapterError(Problem(where, "merge", "is merged already", "the run that it was merged from"))
+    if not manifest.labels:
+        raise AdapterError(Problem(where, "labels", "a language model has no adapter to merge", "a classifier's run"))
+    check_output(output, inside_of=artifact.run or artifact.folder)
+    return artifact

@@ -1,0 +1,1 @@
+"""Memory: what a run will need, known before it runs."""

@@ -1,0 +1,157 @@
+"""Predicts the peak of a run, in bytes and by part, from sizes alone: no weights, no torch, no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from toolkit.config.schema import QuantizationSettings, TrainingSettings
+from toolkit.memory.dryrun import FULL, DryRun, MicroBatch, Setting
+from toolkit.memory.shape import ModelShape
+from toolkit.memory.tape import Tape
+
+MIB = 2**20
+PARTS = (
+    "weights",
+    "quantisation state",
+    "gradients",
+    "optimizer",
+    "activations: embeddings",
+    "activations: attention",
+    "activations: mlp",
+    "activations: head",
+    "logits",
+    "batch",
+    "workspace",
+    "framework",
+)
+ACTIVATIONS = ("embeddings", "attention", "mlp", "head")
+# Resident after the imports of a run on the CPU (torch, transformers, peft, accelerate, scikit-learn, matplotlib).
+# On CUDA: the driver's context and cuBLAS, which max_memory_allocated does not count; not measured by us.
+FRAMEWORK = {"cpu": 560 * MIB, "cuda": 500 * MIB}
+QUANTISED_BLOCK = 64
+SCALE_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A predicted peak.
+
+    Attributes:
+        breakdown: Bytes held at that moment, by part, in the order of ``PARTS``; they add up to the peak.
+        moment: When it happens.
+        tokens: Real tokens of the micro-batch that causes it.
+        rows: Its rows.
+    """
+
+    breakdown: dict[str, int]
+    moment: str
+    tokens: int
+    rows: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Everything together; on a CPU the resident set."""
+        return sum(self.breakdown.values())
+
+    @property
+    def allocated_bytes(self) -> int:
+        """The peak without the framework; on CUDA ``torch.cuda.max_memory_allocated``."""
+        return self.peak_bytes - self.breakdown["framework"]
+
+
+def estimate(
+    shape: ModelShape,
+    *,
+    batches: Iterable[MicroBatch],
+    evaluation: Iterable[MicroBatch],
+    training: TrainingSettings,
+    quantization: QuantizationSettings | None,
+    device: str,
+    low_precision: bool,
+) -> Estimate:
+    """Return the largest peak over training steps and evaluations in training.
+
+    Args:
+        shape: The model.
+        batches: The micro-batches that could be the largest of the run.
+        evaluation: The same of evaluation; none without validation rows.
+        training: Accumulation, checkpointing and optimizer count.
+        quantization: How frozen weights are stored.
+        device: ``cpu`` or ``cuda``.
+        low_precision: Whether the step runs under bf16 or fp16 autocast.
+    """
+    found = []
+    bits = None if quantization is None else quantization.bits
+    accumulating = training.gradient_accumulation_steps > 1
+    for batch, learns in [(batch, True) for batch in batches] + [(batch, False) for batch in evaluation]:
+        tape = Tape(accumulating=accumulating)
+        for part, size in resident(shape, training=training, quantization=quantization, device=device).items():
+            tape.take(size, part)
+        if learns and accumulating:
+            tape.take(FULL * shape.trainable, "gradients")
+        setting = Setting(
+            device=device,
+            low_precision=low_precision,
+            checkpointing=training.gradient_checkpointing,
+            bits=bits,
+            training=learns,
+        )
+        loss = DryRun(shape, batch, setting=setting, tape=tape).forward()
+        if learns:
+            tape.backward(loss)
+        moment = f"training, {tape.peak_moment}" if learns else f"evaluation, {tape.peak_moment}"
+        found.append(Estimate(_breakdown(tape, device), moment, batch.tokens, batch.rows))
+    return max(found, key=lambda one: one.peak_bytes)
+
+
+def _breakdown(tape: Tape, device: str) -> dict[str, int]:
+    held = {(f"activations: {part}" if part in ACTIVATIONS else part): size for part, size in tape.at_peak.items()}
+    held["framework"] = FRAMEWORK[device]
+    return {part: held.get(part, 0) for part in PARTS}
+
+
+def resident(
+    shape: ModelShape, *, training: TrainingSettings, quantization: QuantizationSettings | None, device: str
+) -> dict[str, int]:
+    """Return what lies in memory all the time: weights, quantisation state, optimizer state."""
+    lora = any(linear.rank for linear in shape.linears)
+    # peft keeps the untrained head beside the trained one.
+    whole = sum(shape.embedding_tensors) + shape.final_norm + shape.head * (2 if lora else 1) + shape.adapters
+    whole += shape.layers * shape.block_rest
+    # DistilBERT's position ids are an int64 buffer.
+    buffers = 0 if shape.family.final_norm else 8 * shape.positions
+    blocks = shape.layers * shape.block_weights
+    packed = blocks * FULL if quantization is None else blocks * quantization.bits // 8
+    state = 0 if quantization is None else shape.layers * sum(_scales(shape, quantization))
+    # Paged state moves to host memory when the card is full.
+    paged = training.optimizer == "paged_adamw_8bit" and device == "cuda"
+    moments = 0 if paged else optimizer_bytes(shape.trainable, training.optimizer)
+    return {"weights": whole * FULL + packed + buffers, "quantisation state": state, "optimizer": moments}
+
+
+def _scales(shape: ModelShape, settings: QuantizationSettings) -> Iterable[int]:
+    """Yield the bytes beside the codes of each linear weight.
+
+    8 bits: a float32 a row. 4 bits: a float32 scale for 64 elements, or with double quantisation one byte, a float32
+    for 256 of those bytes and a table of 256 float32; and the code of 16 float32 (Dettmers et al. 2023).
+    """
+    for linear in shape.linears:
+        blocks = -(-linear.weight // QUANTISED_BLOCK)
+        if settings.bits == 8:
+            yield FULL * linear.fan_out
+        elif settings.double_quant:
+            yield blocks + FULL * (-(-blocks // SCALE_BLOCK) + SCALE_BLOCK + 16 + 1)
+        else:
+            yield FULL * (blocks + 16)
+
+
+def optimizer_bytes(trainable: int, optimizer: str) -> int:
+    """Return the optimizer's state.
+
+    AdamW keeps two float32 moments an element, SGD one; the 8-bit forms keep two bytes an element and a float32 scale
+    for 256 elements of each moment (Dettmers et al. 2021, arXiv:2110.02861).
+    """
+    if optimizer == "adamw":
+        return 2 * FULL * trainable
+    return FULL * trainable if optimizer == "sgd" else 2 * trainable + 2 * FULL * trainable // SCALE_BLOCK

@@ -1,0 +1,304 @@
+"""Predicts what a recipe needs and, for a budget, finds the fastest settings that fit, or says what would."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from toolkit.config.load import dump_recipe
+from toolkit.config.schema import HeadMethod, LastNMethod, LoraMethod, Method, QuantizationSettings, Recipe
+from toolkit.errors import OutputError, Problem
+from toolkit.memory.batches import largest_evaluation_batch, largest_micro_batches
+from toolkit.memory.estimate import Estimate, estimate
+from toolkit.memory.inputs import Inputs, choose_device, parse_bytes, read_sizes
+from toolkit.memory.shape import model_shape
+from toolkit.report.run_record import write_file_atomically
+
+EVALUATION_BATCH = 32
+
+# A micro-step costs as much as this many tokens more than it has. CPU: at GPT-2's width a token of 1 x 32 took x2.4
+# one of 8 x 32, one of 8 short texts x1.13 that of 32. CUDA: small models are bound by launches; a guess, not measured.
+OVERHEAD_TOKENS = {"cpu": 50, "cuda": 2_000}
+# Measured on one CPU core at GPT-2's width; checkpointing on the whole model.
+SLOWER_CHECKPOINTED = 1.30
+SLOWER_BITS = {None: 1.0, 8: 1.3, 4: 1.6}
+# bitsandbytes' 8-bit AdamW when every weight trains: a step of 256 tokens took x3.2 on a CPU core (CUDA: a guess).
+SLOWER_OPTIMIZER = {"cpu": 3.2, "cuda": 1.1}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One setting changed to fit a budget.
+
+    Attributes:
+        settings: Dotted settings and their new values, as overrides.
+        before: What the recipe said.
+        saves_bytes: Peak before it minus peak after it, the changes above it already made.
+        time_factor: Estimated time of a step over the time without it.
+        exact: Whether the arithmetic stays the same to rounding.
+    """
+
+    settings: dict[str, Any]
+    before: dict[str, Any]
+    saves_bytes: int
+    time_factor: float
+    exact: bool
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a recipe needs, and what makes it fit.
+
+    Attributes:
+        recipe: With the changes made.
+        base: Name of the base whose shapes were used.
+        device: ``cpu`` or ``cuda``.
+        budget_bytes: What may be used, or None.
+        written: Prediction for the recipe as it is written.
+        estimate: Prediction with the changes.
+        changes: What was changed, in order.
+        advice: If nothing fits: why, and what would.
+    """
+
+    recipe: Recipe
+    base: str
+    device: str
+    budget_bytes: int | None
+    written: Estimate
+    estimate: Estimate
+    changes: tuple[Change, ...] = ()
+    advice: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the planned recipe stays within the budget; None without one."""
+        return None if self.budget_bytes is None else self.estimate.peak_bytes <= self.budget_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what ``toolkit plan --json`` prints."""
+        return {
+            "peak_bytes": self.estimate.peak_bytes,
+            "allocated_bytes": self.estimate.allocated_bytes,
+            "breakdown": self.estimate.breakdown,
+            "moment": self.estimate.moment,
+            "device": self.device,
+            "base": self.base,
+            "budget_bytes": self.budget_bytes,
+            "fits": self.fits,
+            "recipe_peak_bytes": self.written.peak_bytes,
+            "changes": [vars(change) for change in self.changes],
+            "advice": list(self.advice),
+        }
+
+
+def plan_memory(recipe: Recipe, *, budget: int | str | None = None, device: str = "auto") -> MemoryPlan:
+    """Predict the peak memory of training a recipe, without loading a weight.
+
+    With a budget, the fastest settings of the same effective batch that fit are looked for: micro-batch and
+    accumulation, checkpointing, and, only where these do not suffice, 8-bit optimizer state and quantised weights.
+
+    Args:
+        recipe: From ``load_recipe``.
+        budget: Bytes, or text such as ``4GiB``; None only predicts.
+        device: ``cpu``, ``cuda``, or ``auto``.
+
+    Raises:
+        InputError: If data, base or budget are wrong.
+    """
+    limit = parse_bytes(budget) if isinstance(budget, str) else budget
+    return _Planner(read_sizes(recipe), choose_device(device)).plan(recipe, limit)
+
+
+class _Planner:
+    def __init__(self, inputs: Inputs, device: str) -> None:
+        self._inputs, self._device = inputs, device
+
+    def plan(self, recipe: Recipe, limit: int | None) -> MemoryPlan:
+        written = self.predict(recipe)
+        facts: dict[str, Any] = {"base": self._inputs.base.used, "device": self._device, "written": written}
+        if limit is None:
+            return MemoryPlan(recipe=recipe, budget_bytes=None, estimate=written, **facts)
+        for candidate in sorted(candidates(recipe), key=lambda one: (losses(recipe, one), self._slowness(one))):
+            if self.predict(candidate).peak_bytes <= limit:
+                changes = tuple(self._changes(recipe, candidate))
+                predicted = self.predict(candidate)
+                return MemoryPlan(recipe=candidate, budget_bytes=limit, estimate=predicted, changes=changes, **facts)
+        advice = tuple(self._advice(recipe, limit))
+        return MemoryPlan(recipe=recipe, budget_bytes=limit, estimate=written, advice=advice, **facts)
+
+    def predict(self, recipe: Recipe) -> Estimate:
+        inputs, longest = self._inputs, recipe.model.max_length
+        masked = inputs.base.family.tokenizer == "wordpiece"
+        spoken = recipe.objective == "language_modeling"
+        share = (recipe.language_modeling.mask_probability if masked else 1.0) if spoken else 0.0
+        vocabulary = int(inputs.base.config["vocab_size"])
+        classes = min(recipe.language_modeling.target_tokens or vocabulary, vocabulary) if spoken else 0
+        train, validation = (np.minimum(lengths, longest) for lengths in (inputs.train, inputs.validation))
+        return estimate(
+            model_shape(inputs.base.config, recipe, labels=inputs.labels),
+            batches=largest_micro_batches(train, recipe.training, target_share=share, classes=classes),
+            evaluation=largest_evaluation_batch(
+                validation, batch_size=EVALUATION_BATCH, target_share=share, classes=classes
+            ),
+            training=recipe.training,
+            quantization=recipe.quantization,
+            device=self._device,
+            low_precision=recipe.training.precision in ("bf16", "fp16")
+            or (recipe.training.precision == "auto" and self._device == "cuda"),
+        )
+
+    def _changes(self, recipe: Recipe, chosen: Recipe) -> Iterator[Change]:
+        """Yield the differences one after another, each with what it saves on top of those before it."""
+        current, peak = recipe, self.predict(recipe).peak_bytes
+        for names in (
+            ("batch_size", "gradient_accumulation_steps"),
+            ("gradient_checkpointing",),
+            ("optimizer",),
+        ):
+            new = {name: getattr(chosen.training, name) for name in names}
+            old = {name: getattr(recipe.training, name) for name in names}
+            if new == old:
+                continue
+            changed = with_training(current, **new)
+            yield self._change(current, changed, new, old, peak, prefix="training.")
+            current, peak = changed, self.predict(changed).peak_bytes
+        if chosen.quantization != recipe.quantization:
+            assert chosen.quantization is not None
+            new = {"bits": chosen.quantization.bits}
+            old = {"bits": recipe.quantization.bits if recipe.quantization else None}
+            yield self._change(current, chosen, new, old, peak, prefix="quantization.")
+
+    def _change(
+        self, before: Recipe, after: Recipe, new: dict[str, Any], old: dict[str, Any], peak: int, *, prefix: str
+    ) -> Change:
+        return Change(
+            settings={prefix + name: value for name, value in new.items()},
+            before={prefix + name: value for name, value in old.items()},
+            saves_bytes=peak - self.predict(after).peak_bytes,
+            time_factor=round(self._slowness(after) / self._slowness(before), 3),
+            exact=prefix == "training." and "optimizer" not in new,
+        )
+
+    def _advice(self, recipe: Recipe, limit: int) -> Iterator[str]:
+        """Yield why nothing fits, then what would, one line each."""
+        least = self._least(recipe)
+        parts = sorted(least.breakdown.items(), key=lambda item: -item[1])[:3]
+        largest = ", ".join(f"{part} {size / 2**20:.0f} MiB" for part, size in parts)
+        yield (
+            f"the least this recipe needs is {least.peak_bytes / 2**20:.0f} MiB, "
+            f"over the budget of {limit / 2**20:.0f} MiB: {largest}"
+        )
+        found = False
+        for text, other in alternatives(recipe):
+            need = self._least(other).peak_bytes
+            if need <= limit:
+                found = True
+                yield f"{text} fits: from {need / 2**20:.0f} MiB"
+        if not found:
+            yield "no other method or length fits either: take a smaller base or a larger budget"
+
+    def _least(self, recipe: Recipe) -> Estimate:
+        single = (self.predict(one) for one in candidates(recipe) if one.training.batch_size == 1)
+        return min(single, key=lambda one: one.peak_bytes)
+
+    def _slowness(self, recipe: Recipe) -> float:
+        lengths = np.minimum(self._inputs.train, recipe.model.max_length)
+        shape = model_shape(self._inputs.base.config, recipe, labels=self._inputs.labels)
+        mean = float(lengths.mean())
+        return slowness(recipe, mean_length=mean, trained_share=shape.trainable / shape.total, device=self._device)
+
+
+def with_training(recipe: Recipe, **settings: Any) -> Recipe:
+    """Return the recipe with other training settings."""
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
+
+
+def candidates(recipe: Recipe) -> list[Recipe]:
+    """Return the recipe's variants of the same effective batch."""
+    training = recipe.training
+    effective = training.batch_size * training.gradient_accumulation_steps
+    sizes = [size for size in range(1, effective + 1) if effective % size == 0]
+    optimizers = ["adamw", "adamw_8bit"] if training.optimizer == "adamw" else [training.optimizer]
+    found = []
+    for size, checkpointing, optimizer, quantization in itertools.product(
+        sizes, (False, True), optimizers, _quantizations(recipe)
+    ):
+        changed = with_training(
+            recipe,
+            batch_size=size,
+            gradient_accumulation_steps=effective // size,
+            gradient_checkpointing=checkpointing,
+            optimizer=optimizer,
+        ).model_copy(update={"quantization": quantization})
+        found.append(changed)
+    return found
+
+
+def losses(recipe: Recipe, candidate: Recipe) -> int:
+    """Return how many of a candidate's changes alter the arithmetic beyond rounding."""
+    optimizer = candidate.training.optimizer != recipe.training.optimizer
+    return optimizer + (candidate.quantization != recipe.quantization)
+
+
+def _quantizations(recipe: Recipe) -> list[QuantizationSettings | None]:
+    current = recipe.quantization
+    allowed = recipe.method.name == "lora" and not recipe.model.random_init and recipe.objective == "classification"
+    found: list[QuantizationSettings | None] = [current]
+    for bits in (8, 4) if allowed else ():
+        if bits < (32 if current is None else current.bits):
+            # The settings are strict about their literals.
+            found.append(QuantizationSettings.model_validate({"bits": bits}))
+    return found
+
+
+def slowness(recipe: Recipe, *, mean_length: float, trained_share: float, device: str) -> float:
+    """Return the estimated time of a token, 1 for one in an endless micro-batch of a plain recipe.
+
+    Args:
+        recipe: Its training and quantisation sections count.
+        mean_length: Tokens of a text.
+        trained_share: Trained elements over all.
+        device: ``cpu`` or ``cuda``.
+    """
+    training = recipe.training
+    factor = 1 + OVERHEAD_TOKENS[device] / (training.batch_size * max(mean_length, 1.0))
+    factor *= SLOWER_CHECKPOINTED if training.gradient_checkpointing else 1.0
+    factor *= 1 + (SLOWER_OPTIMIZER[device] - 1) * trained_share * ("8bit" in training.optimizer)
+    return factor * SLOWER_BITS[recipe.quantization.bits if recipe.quantization else None]
+
+
+def alternatives(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """Yield other methods and shorter texts: what changes the result, and so is only advised."""
+    methods: list[tuple[str, Method]] = [
+        ("method.name=lora", LoraMethod()),
+        ("method.name=last_n method.n=1", LastNMethod(name="last_n", n=1)),
+        ("method.name=head", HeadMethod(name="head")),
+    ]
+    order = ["full", "lora", "last_n", "head"]
+    for text, method in methods if recipe.objective == "classification" else ():
+        smaller = order.index(method.name) > order.index(recipe.method.name)
+        if smaller and (method.name == "lora" or recipe.quantization is None):
+            yield text, recipe.model_copy(update={"method": method})
+    length = recipe.model.max_length // 2
+    while length >= 16:
+        model = recipe.model.model_copy(update={"max_length": length})
+        yield f"model.max_length={length}", recipe.model_copy(update={"model": model})
+        length //= 2
+
+
+def write_recipe(plan: MemoryPlan, path: pathlib.Path) -> None:
+    """Write the planned recipe as a new YAML file.
+
+    Raises:
+        OutputError: The file exists, or its folder does not.
+    """
+    if path.exists():
+        raise OutputError(Problem(str(path), "--write", "exists already", "a new file"))
+    if not path.parent.is_dir():
+        raise OutputError(Problem(str(path), "--write", "its folder does not exist", "an existing folder"))
+    write_file_atomically(path, dump_recipe(plan.recipe))

@@ -1,0 +1,225 @@
+"""A training step without its numbers: operations that only take and give back bytes, in autograd's order.
+
+Every operation allocates its result, keeps what its backward pass will read, and lets go as PyTorch does. Walking
+the tape forwards and backwards therefore meets the allocator's peak, and knows what it consists of.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Storage:
+    """Allocated bytes, freed with their last reference."""
+
+    size: int
+    part: str
+    references: int = 1
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor: its storage (shared by views), its own bytes, and whether a gradient flows to it."""
+
+    storage: Storage
+    size: int
+    needs_grad: bool
+
+
+@dataclass
+class Node:
+    """What the backward pass of one operation does.
+
+    Attributes:
+        output: Its result.
+        inputs: Values that receive a gradient.
+        saved: Storages it kept.
+        workspace: Bytes it takes beside its results while it runs.
+        parameters: Bytes of the gradients of the parameters it uses, one entry a tensor.
+        shared: Whether the inputs receive the very gradient of the output.
+        replay: Forward pass of a checkpointed section, run again instead of what was not kept.
+    """
+
+    output: Value
+    inputs: tuple[Value, ...]
+    saved: tuple[Storage, ...] = ()
+    workspace: int = 0
+    parameters: tuple[int, ...] = ()
+    shared: bool = False
+    replay: Callable[[Value], Value] | None = None
+
+
+@dataclass
+class Tape:
+    """Counts bytes while operations run.
+
+    Attributes:
+        accumulating: Gradients of earlier micro-batches exist already; new ones are added to them and freed.
+        parts: Bytes held now, by part.
+        peak: The most bytes held at once.
+        at_peak: What they were.
+    """
+
+    accumulating: bool = False
+    parts: Counter[str] = field(default_factory=Counter)
+    held: int = 0
+    peak: int = 0
+    at_peak: Counter[str] = field(default_factory=Counter)
+    moment: str = ""
+    peak_moment: str = ""
+    part: str = "embeddings"
+    _nodes: list[Node] = field(default_factory=list)
+    _recording: bool = True
+    _pinned: list[Storage] = field(default_factory=list)
+
+    def take(self, size: int, part: str) -> Storage:
+        """Allocate bytes."""
+        self.parts[part] += size
+        self.held += size
+        self._note(0)
+        return Storage(size, part)
+
+    def drop(self, storage: Storage) -> None:
+        """Give up one reference."""
+        storage.references -= 1
+        if storage.references == 0:
+            self.parts[storage.part] -= storage.size
+            self.held -= storage.size
+
+    def free(self, *values: Value) -> None:
+        """End the life of local variables."""
+        for value in values:
+            self.drop(value.storage)
+
+    def touch(self, size: int) -> None:
+        """Use bytes for a moment."""
+        self._note(size)
+
+    def _note(self, workspace: int) -> None:
+        if self.held + workspace > self.peak:
+            self.peak, self.peak_moment = self.held + workspace, self.moment
+            self.at_peak = Counter({part: size for part, size in self.parts.items() if size})
+            self.at_peak["workspace"] += workspace
+
+    def record(
+        self,
+        size: int,
+        inputs: tuple[Value, ...],
+        *,
+        saves: tuple[Value, ...] = (),
+        saves_output: bool = False,
+        pinned: tuple[Value, ...] = (),
+        extra: int = 0,
+        parameters: tuple[int, ...] = (),
+        workspace: int = 0,
+        shared: bool = False,
+    ) -> Value:
+        """Run one operation forwards.
+
+        Args:
+            size: Bytes of its result.
+            inputs: Its operands.
+            saves: Operands that its backward pass reads.
+            saves_output: Whether its backward pass reads the result.
+            pinned: Operands that it keeps by itself, so that checkpointing cannot let them go.
+            extra: Bytes it keeps beside them (statistics, masks).
+            parameters: Bytes of its trained parameters.
+            workspace: Bytes taken for a moment, in either direction.
+            shared: The backward pass hands its own gradient on.
+        """
+        flows = bool(parameters) or any(value.needs_grad for value in inputs)
+        result = Value(self.take(size, self.part), size, flows)
+        self.touch(workspace + (0 if flows and self._recording else extra))
+        if flows:
+            self._pin(pinned)
+        if flows and self._recording:
+            kept = [value.storage for value in (*saves, *pinned)] + ([result.storage] if saves_output else [])
+            for storage in kept:
+                storage.references += 1
+            if extra:
+                kept.append(self.take(extra, self.part))
+            receiving = tuple(value for value in inputs if value.needs_grad)
+            self._nodes.append(Node(result, receiving, tuple(kept), workspace, parameters, shared))
+        return result
+
+    def _pin(self, values: tuple[Value, ...]) -> None:
+        if not self._recording:
+            for value in values:
+                value.storage.references += 1
+                self._pinned.append(value.storage)
+
+    def view(self, value: Value, size: int) -> Value:
+        """Return a part of a value that shares its storage; its gradient is as large as the whole value's."""
+        value.storage.references += 1
+        result = Value(value.storage, size, value.needs_grad)
+        if value.needs_grad and self._recording:
+            self._nodes.append(Node(result, (value,)))
+        return result
+
+    def checkpointed(self, section: Callable[[Value], Value], value: Value) -> Value:
+        """Run a section of which nothing but its input is kept."""
+        recording, self._recording = self._recording, False
+        result = section(value)
+        self._recording = recording
+        pinned, self._pinned = self._pinned, []
+        if result.needs_grad and recording:
+            value.storage.references += 1
+            receiving = (value,) if value.needs_grad else ()
+            self._nodes.append(Node(result, receiving, (value.storage, *pinned), replay=section))
+        return result
+
+    def backward(self, result: Value) -> None:
+        """Run the whole tape backwards from a result."""
+        gradients = {id(result): self.take(result.size, "workspace")}
+        nodes, self._nodes = self._nodes, []
+        self._walk(nodes, gradients)
+
+    def _walk(self, nodes: list[Node], gradients: dict[int, Storage]) -> None:
+        while nodes:
+            node = nodes.pop()
+            incoming = gradients.pop(id(node.output), None)
+            if incoming is not None:
+                if node.replay is not None:
+                    self._replay(node, incoming, gradients)
+                else:
+                    self._step_back(node, incoming, gradients)
+            for storage in node.saved:
+                self.drop(storage)
+
+    def _step_back(self, node: Node, incoming: Storage, gradients: dict[int, Storage]) -> None:
+        outgoing = []
+        for value in node.inputs:
+            if node.shared and incoming.size == value.size:
+                incoming.references += 1
+                outgoing.append(incoming)
+            else:
+                outgoing.append(self.take(value.size, "workspace"))
+        own = [self.take(size, "gradients") for size in node.parameters]
+        self.touch(node.workspace)
+        self.drop(incoming)
+        for storage in own if self.accumulating else ():
+            self.drop(storage)
+        for value, storage in zip(node.inputs, outgoing, strict=True):
+            self._add(gradients, value, storage)
+
+    def _add(self, gradients: dict[int, Storage], value: Value, storage: Storage) -> None:
+        """Add to a gradient that is there already, as autograd does: in place."""
+        if id(value) in gradients:
+            self.drop(storage)
+        else:
+            gradients[id(value)] = storage
+
+    def _replay(self, node: Node, incoming: Storage, gradients: dict[int, Storage]) -> None:
+        assert node.replay is not None
+        outer, self._nodes = self._nodes, []
+        source = Value(node.saved[0], node.saved[0].size, bool(node.inputs))
+        result = node.replay(source)
+        self.free(result)
+        nodes, self._nodes = self._nodes, outer
+        inner = {id(result): incoming}
+        self._walk(nodes, inner)
+        if node.inputs:
+            self._add(gradients, node.inputs[0], inner.pop(id(source)))
