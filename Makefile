@@ -10,7 +10,7 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python scripts/demo.py runs/gpt2_lora
 
 test: $(VENV)/dev.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .

@@ -97,19 +97,24 @@ def test_schema_is_json(capsys):
     assert "training" in json.loads(capsys.readouterr().out)["properties"]
 
 
-@pytest.mark.parametrize(("words", "limit"), [(["--help"], 0.5), (["validate", "recipes/gpt2_head.yaml"], 1.0)])
-def test_start_up(words, limit, tmp_path):
-    """The best of several: other work on the machine must not decide."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOOLKIT_OFFLINE": "1", "TOOLKIT_CACHE": str(tmp_path)}
+def best_time(words: list[str], **environment: str) -> float:
+    """Return the best of several starts in seconds: other work on the machine must not decide."""
     times = []
     for _ in range(7):
         started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "toolkit", *words], cwd=ROOT, env=environment, capture_output=True, check=False
-        )
+        command = [sys.executable, *words]
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, check=False)
         times.append(time.perf_counter() - started)
         assert done.returncode == 0, done.stderr
-    assert min(times) < limit, times
+    return min(times)
+
+
+@pytest.mark.parametrize(("words", "limit"), [(["--help"], 0.5), (["validate", "recipes/gpt2_head.yaml"], 1.0)])
+def test_start_up(words, limit, tmp_path):
+    # A machine that needs more than 0.25 s to import numpy and pydantic is slower than the limits are meant for.
+    slowness = max(1.0, best_time(["-c", "import numpy, pydantic.main"]) / 0.25)
+    offline = {"HF_HUB_OFFLINE": "1", "TOOLKIT_OFFLINE": "1", "TOOLKIT_CACHE": str(tmp_path)}
+    assert best_time(["-m", "toolkit", *words], **offline) < limit * slowness
 
 
 @pytest.mark.parametrize("script", ["train.py", "merge.py"])

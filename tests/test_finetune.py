@@ -269,24 +269,27 @@ def test_changed_data_is_refused_on_resume(recipe_file, tmp_path, data):
 
 def test_every_checkpoint_bad_names_each(recipe_file, tmp_path):
     path = recipe_file()
-    overrides = ["training.learning_rate=1e30", "output.save_every=1"]
-    with pytest.raises(DivergedError, match="step"):
-        finetune(load_recipe(path, overrides))
+    finetune(load_recipe(path))
+    (tmp_path / "run" / "result.json").unlink()
     saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
-    assert saved
+    assert len(saved) >= 2
     for folder in saved:
         (folder / "state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"state\.json does not match its checksum"):
-        finetune(load_recipe(path, overrides))
+    with pytest.raises(CheckpointError) as caught:
+        finetune(load_recipe(path))
+    assert len(caught.value.problems) == len(saved)
+    assert "state.json does not match its checksum" in str(caught.value)
 
 
 def test_a_diverged_run_exits_3_and_its_last_checkpoint_is_finite(recipe_file, tmp_path):
-    process = launch(recipe_file(), "training.learning_rate=1e30", "output.save_every=1")
+    process = launch(recipe_file(), "training.learning_rate=1e15", "output.save_every=1")
     output = finish(process)
     assert process.returncode == 3, output
     assert "training diverged" in output
     assert "Traceback" not in output
-    for folder in (tmp_path / "run" / "checkpoints").glob("step-*"):
+    saved = list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert saved
+    for folder in saved:
         assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / "trainable.safetensors").values())
     assert not (tmp_path / "run" / "result.json").exists()
 

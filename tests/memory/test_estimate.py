@@ -64,7 +64,8 @@ STORED = {
 REAL = {
     "gpt2": {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12},
     "distilbert": {
-        "vocab_size": 30522, "max_position_embeddings": 512, "dim": 768, "hidden_dim": 3072, "n_layers": 6, "n_heads": 12
+        "vocab_size": 30522, "max_position_embeddings": 512, "dim": 768, "hidden_dim": 3072, "n_layers": 6,
+        "n_heads": 12,
     },
 }  # fmt: skip
 

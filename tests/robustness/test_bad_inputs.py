@@ -32,6 +32,8 @@ DRIVER = Path(__file__).with_name("drive.py")
 HERE = Path(__file__).resolve().parent.parent.parent
 PicoFolder = Callable[[str], Path]
 Snapshot = dict[str, str]
+# A hundred command lines in one fixture: on a machine that others use, that is minutes of wall time.
+pytestmark = pytest.mark.timeout(900)
 
 
 def snapshot(folder: Path) -> Snapshot:
@@ -64,7 +66,7 @@ def toolkit(*words: str, cwd: Path, **options: Any) -> subprocess.CompletedProce
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=400,
         **options,
     )
 
@@ -103,7 +105,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory, pico_cache: PicoFolder) ->
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=800,
     )
     assert driven.returncode == 0, driven.stderr
     after = [snapshot(Path(job["folder"])) for job in jobs]
@@ -502,11 +504,13 @@ def test_141_is_a_reader_that_has_gone(world: Path, words: tuple[str, ...]) -> N
 
 
 def test_3_is_a_run_that_diverged(world: Path, run: Run) -> None:
-    code, stderr = run(*TRAIN, "training.learning_rate=1e30", "training.max_steps=5", "output.save_every=1")
+    code, stderr = run(*TRAIN, "training.learning_rate=1e15", "training.max_steps=9", "output.save_every=1")
     assert code == 3
     [line] = problems(stderr)
-    assert re.match(r"training diverged: .* \(lower training\.learning_rate, now 1e\+30; ", line), line
-    for path in (world / "run" / "checkpoints").glob("step-*/trainable.safetensors"):
+    assert re.match(r"training diverged: .* \(lower training\.learning_rate, now 1e\+15; ", line), line
+    saved = list((world / "run" / "checkpoints").glob("step-*/trainable.safetensors"))
+    assert saved
+    for path in saved:
         assert all(bool(torch.isfinite(tensor).all()) for tensor in load_file(path).values())
 
 
@@ -526,13 +530,13 @@ def test_130_and_143_are_stops_after_a_checkpoint(world: Path, number: signal.Si
     words = (*TRAIN, "training.max_steps=100000", "output.save_every=end", "evaluation.every=end", "output.log_every=1")
     command = [sys.executable, "-m", "toolkit", *words]
     process = subprocess.Popen(command, cwd=world, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    metrics, deadline = world / "run" / "metrics.jsonl", time.monotonic() + 120
+    metrics, deadline = world / "run" / "metrics.jsonl", time.monotonic() + 400
     while time.monotonic() < deadline and process.poll() is None:
         if metrics.exists() and metrics.stat().st_size:
             break
         time.sleep(0.05)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=400)
     assert process.returncode == code, stderr
     [line] = problems(stderr.decode())
     assert re.match(rf"stopped by {number.name} after step \d+; the same command goes on from there", line), line

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGE = str(ROOT / "toolkit") + os.sep
 # Devices and process settings, which are no files.
 DEVICES = ("/dev/", "/proc/self/")
+pytestmark = pytest.mark.timeout(900)
 
 
 class Bomb:
@@ -75,7 +76,7 @@ def audit(tmp_path_factory: pytest.TempPathFactory, pico_cache: PicoFolder) -> t
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr
     heard: dict[str, Any] = json.loads((root / "report.json").read_text())

@@ -64,6 +64,11 @@ def _endpoint() -> str:
 
 
 def _cached_snapshot(repo_id: str) -> Path | None:
+    from huggingface_hub import constants
+
+    # The library's documented cache layout; looked at first, because the rest of the library takes 0.3 s to import.
+    if not (Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}").is_dir():
+        return None
     from huggingface_hub import snapshot_download
 
     try:
