@@ -12,6 +12,7 @@ from typing import Any
 
 from toolkit.config.load import dump_recipe, load_recipe
 from toolkit.config.schema import Recipe
+from toolkit.durable import write_file_atomically
 from toolkit.errors import InputError, OutputError, Problem, RecipeError
 
 # Settings that may differ between a run and its resumption: they change no weight.
@@ -115,7 +116,7 @@ class RunFolder:
                 self._clear()
             new = not self.recipe.exists()
             if new:
-                write_text(self.recipe, dump_recipe(recipe))
+                write_file_atomically(self.recipe, dump_recipe(recipe))
             try:
                 yield
             except InputError:
@@ -180,13 +181,3 @@ def _locked(path: pathlib.Path, where: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Write a file so that readers see the old text or the new one, never a half."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    with staging.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)

@@ -8,8 +8,8 @@ from measured import CONFIGS, DROPPING, measure
 
 from toolkit.config.schema import QuantizationSettings
 from toolkit.memory.batches import largest_micro_batches
-from toolkit.memory.dryrun import MicroBatch
 from toolkit.memory.estimate import estimate, resident
+from toolkit.memory.microbatch import MicroBatch
 from toolkit.memory.shape import model_shape
 from toolkit.training.plan import StepPlan
 
@@ -19,7 +19,7 @@ LAST = {"name": "last_n", "n": 1}
 LORA = {"name": "lora", "r": 8}
 WIDE = {"name": "lora", "r": 8, "target_modules": "all-linear"}
 LENGTHS = {2: [90, 41], 5: [128, 100, 90, 128, 60], 8: [12, 30, 30, 77, 50, 64, 9, 41]}
-# Found: 0.1 to 1.3 % at 5 texts; small batches of small models bring in tensors of a few bytes that are not counted.
+# Found: at most 0.7 % of the peak, but 1.7 % too much for DistilBERT with LoRA at its queries and values, dropping.
 TOLERANCE = 0.02
 
 CASES = [
@@ -56,10 +56,12 @@ def test_a_step_needs_what_was_predicted(recipe, family, method, rows, checkpoin
     assert predicted.allocated_bytes - held == pytest.approx(real.peak - real.held, rel=2 * TOLERANCE)
 
 
-# MB of weights and of quantisation state, measured on the real models (shared facts, libraries.md).
+# MB of weights and of quantisation state of the real shapes, as toolkit.models.load loads them. DistilBERT in 8 bits is
+# 138.6 (shared facts, libraries.md) only by transformers' default, which quantises pre_classifier as well: 3 bytes less
+# for each of 768 * 768 weights. The toolkit leaves the head in float32: 140.4.
 STORED = {
     "gpt2": {None: (497.8, 0.0), 8: (243.0, 0.3), 4: (200.5, 1.4)},
-    "distilbert": {None: (267.8, 0.0), 8: (138.6, 0.2), 4: (119.2, 0.7)},
+    "distilbert": {None: (267.8, 0.0), 8: (140.4, 0.2), 4: (119.2, 0.7)},
 }
 REAL = {
     "gpt2": {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12},

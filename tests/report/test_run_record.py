@@ -7,8 +7,9 @@ import stat
 
 import pytest
 
+from toolkit.durable import write_file_atomically
 from toolkit.errors import OutputError
-from toolkit.report.run_record import RunRecord, read_run_record, write_file_atomically, write_run_record
+from toolkit.report.run_record import RunRecord, read_run_record, write_run_record
 
 
 def test_round_trip(record: RunRecord, tmp_path: pathlib.Path) -> None:

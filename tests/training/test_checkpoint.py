@@ -105,7 +105,7 @@ def test_staging_folders_are_never_read(tmp_path):
     assert steps_on_disk(tmp_path) == [5]
 
 
-@pytest.mark.parametrize("call", ["save_file", "_flush", "_sha256"])
+@pytest.mark.parametrize("call", ["save_file", "flush", "sha256"])
 def test_a_failing_save_leaves_the_older_one_and_no_half(tmp_path, monkeypatch, call):
     save(tmp_path, 1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from torch import nn
 from toolkit.adapters.apply import inject
 from toolkit.adapters.check import CONFIG, WEIGHTS, read_adapter_config, read_adapter_tensors, tensor_problems
 from toolkit.adapters.methods import unmatched_targets
+from toolkit.durable import write_file_atomically
 from toolkit.errors import AdapterError, Problem, ToolkitError
 from toolkit.families import FAMILIES
 
@@ -39,8 +39,8 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     tensors = _adapter_tensors(model)
     _prove_head(model, tensors)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    _write(folder / CONFIG, json.dumps(_config_dict(model), indent=2, sort_keys=True).encode() + b"\n")
+    write_file_atomically(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_file_atomically(folder / CONFIG, json.dumps(_config_dict(model), indent=2, sort_keys=True).encode() + b"\n")
     written = read_adapter_tensors(folder)
     if written.keys() != tensors.keys() or not all(torch.equal(written[name], tensors[name]) for name in tensors):
         raise ToolkitError(f"{folder / WEIGHTS}: what was written is not what was trained")
@@ -116,13 +116,3 @@ def _config_dict(model: Any) -> dict[str, Any]:
     if not settings["base_model_name_or_path"]:
         raise ToolkitError("the adapter names no base model")
     return settings
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Replace a file in one step."""
-    staged = file.with_name(f".{file.name}.tmp")
-    with staged.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    staged.replace(file)

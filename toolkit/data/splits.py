@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.data.shuffle import permutation
+from toolkit.durable import write_file_atomically
 from toolkit.errors import DataError, Problem
 
 FORMAT = 1
@@ -141,12 +141,7 @@ def save_split(path: Path, split: Split) -> None:
         "parts": parts,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    with staging.open("w", encoding="utf-8") as handle:
-        json.dump(record, handle, separators=(",", ":"))
-        handle.flush()
-        os.fsync(handle.fileno())
-    staging.replace(path)
+    write_file_atomically(path, json.dumps(record, separators=(",", ":")))
 
 
 def read_split(path: Path, expected: Split, *, rows: int) -> Split:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -12,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from toolkit.durable import sha256, write_file_atomically
 from toolkit.errors import AdapterError, Problem
-from toolkit.report.run_record import write_file_atomically
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
@@ -121,7 +120,7 @@ def write_manifest(folder: pathlib.Path, facts: ArtifactFacts) -> Manifest:
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
     visible = [name for name in names if not name.startswith(".")]
-    files = {name: FileFacts(sha256=_sha256(folder / name), bytes=(folder / name).stat().st_size) for name in visible}
+    files = {name: FileFacts(sha256=sha256(folder / name), bytes=(folder / name).stat().st_size) for name in visible}
     manifest = Manifest(**facts.model_dump(), format=1, files=files, toolkit_version=_version())
     text = json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False, allow_nan=False)
     write_file_atomically(folder / MANIFEST, text + "\n")
@@ -220,7 +219,7 @@ def _file_problems(folder: pathlib.Path, name: str, manifest: Manifest) -> Itera
         return [Problem(str(path), "", "is a link to a file elsewhere", right)]
     if path.stat().st_size != facts.bytes:
         return [Problem(str(path), "", f"altered: {path.stat().st_size} bytes", f"{facts.bytes} bytes")]
-    if (found := _sha256(path)) != facts.sha256:
+    if (found := sha256(path)) != facts.sha256:
         return [Problem(str(path), "", f"altered: sha256 {found[:12]}…", f"{facts.sha256[:12]}…")]
     return []
 
@@ -237,14 +236,6 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(data) != len(pairs):
         raise ValueError("a key occurs twice")
     return data
-
-
-def _sha256(path: pathlib.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _version() -> str:

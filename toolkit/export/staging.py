@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+from toolkit.durable import flush, umask
 from toolkit.errors import OutputError, Problem
 
 
@@ -57,7 +58,7 @@ def staged_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
         wrong, right = f"cannot be made: {error.strerror}", "a folder that you may write"
         raise OutputError(Problem(str(output), "output", wrong, right)) from error
     try:
-        staging.chmod(0o777 & ~_umask())
+        staging.chmod(0o777 & ~umask())
         yield staging
         for path in staging.iterdir():
             flush(path)
@@ -71,18 +72,3 @@ def staged_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-
-
-def flush(path: pathlib.Path) -> None:
-    """Wait until a file or folder is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

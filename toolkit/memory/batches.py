@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from toolkit.config.schema import TrainingSettings
 from toolkit.data.shuffle import epoch_order
-from toolkit.memory.dryrun import MicroBatch
+from toolkit.memory.microbatch import MicroBatch
 
 Lengths = NDArray[np.int64]
 

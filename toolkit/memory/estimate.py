@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from toolkit.config.schema import QuantizationSettings, TrainingSettings
-from toolkit.memory.dryrun import FULL, DryRun, MicroBatch, Setting
+from toolkit.memory.dryrun import DryRun
+from toolkit.memory.layers import FULL
+from toolkit.memory.microbatch import MicroBatch, Setting
 from toolkit.memory.shape import ModelShape
 from toolkit.memory.tape import Tape
 

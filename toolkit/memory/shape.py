@@ -60,7 +60,7 @@ class ModelShape:
         labels: Classes of the head.
         dropout: Probabilities at residuals, embeddings and attention weights.
         lora_dropout: Probability at the adapters' input.
-        activation: ``python`` (transformers' own gelu_new) or ``fused``.
+        activation: ``python`` where transformers' own gelu_new runs, or ``fused``.
         linears: Layers of one block, in the order they run.
         first_trained: First block whose own weights train; ``layers`` if none does.
         embeddings_train: Whether the embeddings train.
@@ -149,6 +149,9 @@ def model_shape(config: Mapping[str, Any], recipe: Recipe, *, labels: int) -> Mo
     width, layers = int(config[family.width_key]), int(config[family.layers_key])
     inner = int(config.get(inner_key) or 4 * width)
     named = config.get(activation, ACTIVATION[family.model_type])
+    # models.flat runs torch's kernel instead of a GPT-2 classifier's gelu_new; DistilBERT's MLP and language models run
+    # transformers' code.
+    fuses = family.model_type == "gpt2" and recipe.objective == "classification"
     lora = recipe.method if isinstance(recipe.method, LoraMethod) else None
     shape = ModelShape(
         family=family,
@@ -166,7 +169,7 @@ def model_shape(config: Mapping[str, Any], recipe: Recipe, *, labels: int) -> Mo
             float(config.get(attention, DROPOUT)),
         ),
         lora_dropout=lora.lora_dropout if lora else 0.0,
-        activation="python" if named == "gelu_new" else "fused",
+        activation="python" if named == "gelu_new" and not fuses else "fused",
         linears=_linears(family, width=width, inner=inner, lora=lora),
         first_trained=layers,
         embeddings_train=False,

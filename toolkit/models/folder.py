@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from toolkit.durable import sha256
 from toolkit.errors import ModelError, Problem, nearest
 from toolkit.families import FAMILIES, Family
 from toolkit.models.headers import TensorInfo, parse_json, read_tensor_headers, weight_files
@@ -148,7 +148,7 @@ def _manifest_problems(path: Path, *, config: Mapping[str, Any], family: Family)
     for name, facts in sorted((manifest.get("files") or {}).items()):
         if Path(name).name != name or not (path / name).is_file():
             problems.append(Problem(str(file), name, "missing", "the folder as it was exported"))
-        elif _sha256(path / name) != str(facts.get("sha256", "")).removeprefix("sha256:"):
+        elif sha256(path / name) != str(facts.get("sha256", "")).removeprefix("sha256:"):
             problems.append(
                 Problem(str(path / name), "", "its checksum differs from the manifest", "the file as it was exported")
             )
@@ -158,11 +158,3 @@ def _manifest_problems(path: Path, *, config: Mapping[str, Any], family: Family)
             Problem(str(file), "labels", f"{json.dumps(labels)} differ from config.json's id2label", "the same labels")
         )
     return problems
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

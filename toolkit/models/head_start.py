@@ -53,7 +53,8 @@ def start_from_encoder(model: Any, base: Path, encoder: Path) -> float:
         raise ModelError(
             Problem(str(encoder), "model.embeddings_from", f"{words.shape[1]} wide", f"at least {width}, as the model")
         )
-    table, matched = _rows_for(_vocabulary(base), words - words.mean(0), _tokenizer(encoder))
+    vocabulary = token_texts(base, byte_level=model.config.model_type == "gpt2")
+    table, matched = _rows_for(vocabulary, words - words.mean(0), _tokenizer(encoder))
     basis = _principal_axes(words - words.mean(0), width)
     small = table @ basis
     scale = EMBEDDING_STD / small.std()
@@ -112,8 +113,13 @@ def _tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.from_file(str(file))
 
 
-def _vocabulary(base: Path) -> list[str]:
-    """Return the text of every token; a leading space means a word of its own, ``##`` a piece inside one."""
+def token_texts(base: Path, *, byte_level: bool) -> list[str]:
+    """Return the text of every token; a leading space means a word of its own, ``##`` a piece inside one.
+
+    Args:
+        base: Folder with tokenizer.json, or vocab.json.
+        byte_level: Whether tokens are spelt in GPT-2's byte alphabet; else they are WordPieces.
+    """
     whole, vocab = base / "tokenizer.json", base / "vocab.json"
     if whole.is_file():
         ids = Tokenizer.from_file(str(whole)).get_vocab()
@@ -122,10 +128,10 @@ def _vocabulary(base: Path) -> list[str]:
 
         ids = json.loads(vocab.read_text(encoding="utf-8"))
     tokens = sorted(ids, key=ids.__getitem__)
-    if any(token.startswith("##") for token in tokens):
+    if not byte_level:
         return [token if token.startswith(("##", "[")) else f" {token}" for token in tokens]
-    byte_level = decoders.ByteLevel()
-    return [byte_level.decode([token]) for token in tokens]
+    decoder = decoders.ByteLevel()
+    return [decoder.decode([token]) for token in tokens]
 
 
 def _rows_for(vocabulary: list[str], table: torch.Tensor, encoder: Tokenizer) -> tuple[torch.Tensor, float]:

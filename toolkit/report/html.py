@@ -7,8 +7,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import TypedDict
 
+from toolkit.durable import write_file_atomically
 from toolkit.report.render import render
-from toolkit.report.run_record import RunRecord, write_file_atomically
+from toolkit.report.run_record import RunRecord
 
 
 class ErrorExample(TypedDict):

@@ -8,8 +8,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from toolkit.durable import write_file_atomically
 from toolkit.errors import OutputError, Problem
-from toolkit.report.run_record import write_file_atomically
 
 
 class MetricsLog:

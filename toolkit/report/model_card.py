@@ -7,8 +7,9 @@ import pathlib
 import re
 from typing import Any
 
+from toolkit.durable import write_file_atomically
 from toolkit.report.render import render
-from toolkit.report.run_record import RunRecord, write_file_atomically
+from toolkit.report.run_record import RunRecord
 
 # As stated on the models' own cards on the hub.
 LICENCES = {

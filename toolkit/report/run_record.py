@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
 from typing import Any, Literal, TypedDict, cast
 
+from toolkit.durable import write_file_atomically
 from toolkit.errors import OutputError, Problem
 
 FORMAT = 1
@@ -186,40 +184,3 @@ def read_run_record(path: pathlib.Path) -> RunRecord:
     if missing:
         raise OutputError(Problem(where, key, "missing", "the result.json that a run wrote") for key in missing)
     return cast(RunRecord, data)
-
-
-def write_file_atomically(path: pathlib.Path, content: str | bytes) -> None:
-    """Replace ``path`` by ``content``: staged beside it, flushed to disk, renamed, folder flushed.
-
-    Raises:
-        OSError: If the disk is full or the folder cannot be written; the old file is untouched.
-    """
-    raw = content.encode("utf-8") if isinstance(content, str) else content
-    handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private; a run's files follow the user's umask like any other.
-        pathlib.Path(staged).chmod(0o666 & ~_umask())
-        os.replace(staged, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(staged)
-        raise
-    _flush_folder(path.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _flush_folder(folder: pathlib.Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

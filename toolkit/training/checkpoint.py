@@ -6,7 +6,6 @@ rename makes it visible. Old ones go only after the new one was read back and ve
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pathlib
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from toolkit.durable import flush, sha256
 
 STEP_FOLDER = re.compile(r"step-(\d+)$")
 FORMAT = 1
@@ -65,12 +66,12 @@ def save_checkpoint(
             whole = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
             save_file(whole, staging / f"{stem}.safetensors")
         (staging / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        files = {path.name: _sha256(path) for path in sorted(staging.iterdir())}
+        files = {path.name: sha256(path) for path in sorted(staging.iterdir())}
         manifest = {"format": FORMAT, "step": step, "files": files}
         (staging / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in staging.iterdir():
-            _flush(path)
-        _flush(staging)
+            flush(path)
+        flush(staging)
         if target.exists():
             # Only a damaged checkpoint of the same step can stand here: a valid one would have been resumed from.
             shutil.rmtree(target)
@@ -78,7 +79,7 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    _flush(root)
+    flush(root)
     return target
 
 
@@ -98,7 +99,7 @@ def load_checkpoint(path: pathlib.Path) -> Checkpoint:
         file = path / name
         if file.parent != path or not file.is_file():
             raise ValueError(f"{name} is missing")
-        if _sha256(file) != digest:
+        if sha256(file) != digest:
             raise ValueError(f"{name} does not match its checksum")
     try:
         tensors = {file[: -len(".safetensors")]: load_file(path / file) for file in files if file != "state.json"}
@@ -146,14 +147,6 @@ def rotate(root: pathlib.Path, *, keep: int, protected: Collection[int]) -> None
         shutil.rmtree(leftover)
 
 
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -164,11 +157,3 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path.name} is not a mapping")
     return data
-
-
-def _flush(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,96 @@
+"""Variants of a recipe that need less memory, and what they cost: time, arithmetic, or another result."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from toolkit.config.schema import HeadMethod, LastNMethod, LoraMethod, Method, QuantizationSettings, Recipe
+
+# A micro-step costs as much as this many tokens more than it has. CPU: at GPT-2's width a token of 1 x 32 took x2.4
+# one of 8 x 32, one of 8 short texts x1.13 that of 32. CUDA: small models are bound by launches; a guess, not measured.
+OVERHEAD_TOKENS = {"cpu": 50, "cuda": 2_000}
+# Measured on one CPU core at GPT-2's width; checkpointing on the whole model.
+SLOWER_CHECKPOINTED = 1.30
+SLOWER_BITS = {None: 1.0, 8: 1.3, 4: 1.6}
+# bitsandbytes' 8-bit AdamW when every weight trains: a step of 256 tokens took x3.2 on a CPU core (CUDA: a guess).
+SLOWER_OPTIMIZER = {"cpu": 3.2, "cuda": 1.1}
+
+
+def with_training(recipe: Recipe, **settings: Any) -> Recipe:
+    """Return the recipe with other training settings."""
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
+
+
+def candidates(recipe: Recipe) -> list[Recipe]:
+    """Return the recipe's variants of the same effective batch."""
+    training = recipe.training
+    effective = training.batch_size * training.gradient_accumulation_steps
+    sizes = [size for size in range(1, effective + 1) if effective % size == 0]
+    optimizers = ["adamw", "adamw_8bit"] if training.optimizer == "adamw" else [training.optimizer]
+    found = []
+    for size, checkpointing, optimizer, quantization in itertools.product(
+        sizes, (False, True), optimizers, _quantizations(recipe)
+    ):
+        changed = with_training(
+            recipe,
+            batch_size=size,
+            gradient_accumulation_steps=effective // size,
+            gradient_checkpointing=checkpointing,
+            optimizer=optimizer,
+        ).model_copy(update={"quantization": quantization})
+        found.append(changed)
+    return found
+
+
+def losses(recipe: Recipe, candidate: Recipe) -> int:
+    """Return how many of a candidate's changes alter the arithmetic beyond rounding."""
+    optimizer = candidate.training.optimizer != recipe.training.optimizer
+    return optimizer + (candidate.quantization != recipe.quantization)
+
+
+def _quantizations(recipe: Recipe) -> list[QuantizationSettings | None]:
+    current = recipe.quantization
+    allowed = recipe.method.name == "lora" and not recipe.model.random_init and recipe.objective == "classification"
+    found: list[QuantizationSettings | None] = [current]
+    for bits in (8, 4) if allowed else ():
+        if bits < (32 if current is None else current.bits):
+            # The settings are strict about their literals.
+            found.append(QuantizationSettings.model_validate({"bits": bits}))
+    return found
+
+
+def slowness(recipe: Recipe, *, mean_length: float, trained_share: float, device: str) -> float:
+    """Return the estimated time of a token, 1 for one in an endless micro-batch of a plain recipe.
+
+    Args:
+        recipe: Its training and quantisation sections count.
+        mean_length: Tokens of a text.
+        trained_share: Trained elements over all.
+        device: ``cpu`` or ``cuda``.
+    """
+    training = recipe.training
+    factor = 1 + OVERHEAD_TOKENS[device] / (training.batch_size * max(mean_length, 1.0))
+    factor *= SLOWER_CHECKPOINTED if training.gradient_checkpointing else 1.0
+    factor *= 1 + (SLOWER_OPTIMIZER[device] - 1) * trained_share * ("8bit" in training.optimizer)
+    return factor * SLOWER_BITS[recipe.quantization.bits if recipe.quantization else None]
+
+
+def alternatives(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """Yield other methods and shorter texts: what changes the result, and so is only advised."""
+    methods: list[tuple[str, Method]] = [
+        ("method.name=lora", LoraMethod()),
+        ("method.name=last_n method.n=1", LastNMethod(name="last_n", n=1)),
+        ("method.name=head", HeadMethod(name="head")),
+    ]
+    order = ["full", "lora", "last_n", "head"]
+    for text, method in methods if recipe.objective == "classification" else ():
+        smaller = order.index(method.name) > order.index(recipe.method.name)
+        if smaller and (method.name == "lora" or recipe.quantization is None):
+            yield text, recipe.model_copy(update={"method": method})
+    length = recipe.model.max_length // 2
+    while length >= 16:
+        model = recipe.model.model_copy(update={"max_length": length})
+        yield f"model.max_length={length}", recipe.model_copy(update={"model": model})
+        length //= 2

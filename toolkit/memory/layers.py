@@ -1,0 +1,185 @@
+"""A block's operations over sizes: linear layers and their adapters, norms, dropout, activations, attention."""
+
+from __future__ import annotations
+
+from toolkit.memory.microbatch import MicroBatch, Setting
+from toolkit.memory.shape import Linear, ModelShape
+from toolkit.memory.tape import Tape, Value
+
+FULL = 4  # bytes of a float32
+
+
+class Layers:
+    """The operations that the blocks of both families are made of, each as ``models.flat`` runs it."""
+
+    def __init__(self, shape: ModelShape, batch: MicroBatch, *, setting: Setting, tape: Tape) -> None:
+        self.shape, self.batch, self.setting, self.tape = shape, batch, setting, tape
+        self.low = 2 if setting.low_precision else FULL
+        # PyTorch keeps a float mask on the CPU and a byte mask on CUDA.
+        self.mask_bytes = 1 if setting.device == "cuda" else FULL
+
+    def mlp(self, source: Value, up: Linear, down: Linear, *, trained: bool, owned: bool = False) -> Value:
+        """Run both layers and the activation between them; an ``owned`` source ends with the first layer."""
+        tape = self.tape
+        wide = self.linear(source, up, trained=trained)
+        if owned:
+            tape.free(source)
+        active = self._gelu_python(wide) if self.shape.activation == "python" else self._gelu(wide)
+        tape.free(wide)
+        out = self.linear(active, down, trained=trained)
+        tape.free(active)
+        return self.dropout(out, self.shape.dropout[0])
+
+    def _gelu(self, wide: Value) -> Value:
+        return self.tape.record(wide.size, (wide,), saves=(wide,))
+
+    def _gelu_python(self, wide: Value) -> Value:
+        """Run 0.5 * x * (1 + tanh(c * (x + 0.044715 * x**3))) as transformers' NewGELUActivation spells it."""
+        tape, size = self.tape, wide.size
+        half = tape.record(size, (wide,))
+        cubed = tape.record(size, (wide,), saves=(wide,))
+        scaled = self.then(cubed, tape.record(size, (cubed,)))
+        inner = self.then(scaled, tape.record(size, (wide, scaled), shared=True))
+        inner = self.then(inner, tape.record(size, (inner,)))
+        curve = self.then(inner, tape.record(size, (inner,), saves_output=True))
+        curve = self.then(curve, tape.record(size, (curve,), shared=True))
+        result = tape.record(size, (half, curve), saves=(half, curve))
+        tape.free(half, curve)
+        return result
+
+    def attend(self, parts: tuple[Value, ...], *, single: bool) -> Value:
+        """Run attention within each row; ``single`` with one query a row."""
+        tape, shape, batch = self.tape, self.shape, self.batch
+        if self._pads():
+            return self._attend_padded(parts, single=single)
+        queries = batch.rows if single else batch.tokens
+        size = queries * shape.width * self.low
+        training = self.setting.training
+        if training and shape.dropout[2] > 0 and self.setting.device == "cpu":
+            kept = self._attend_plainly(parts, size, single=single)
+        else:
+            statistics = queries * shape.heads * FULL
+            kept = tape.record(size, parts, saves=parts, saves_output=True, extra=statistics)
+        # The runs of equally long rows are put together again.
+        return self.then(kept, tape.record(size, (kept,)))
+
+    def _attend_plainly(self, parts: tuple[Value, ...], size: int, *, single: bool) -> Value:
+        """Attend with the weights spelled out: no flash kernel of the CPU drops weights.
+
+        Weights, mask and dropped weights of every head are kept, the scaled queries and keys, and the values: for runs
+        of several rows as a copy, for single rows where they lie.
+        """
+        batch, width = self.batch, self.shape.width * FULL
+        heads = self.shape.heads * FULL
+        pairs, largest = (batch.tokens, 0) if single else (batch.squares, batch.largest_run)
+        flows = any(part.needs_grad for part in parts)
+        copies = size + batch.tokens * width + batch.repeated * width
+        if not flows:
+            return self.tape.record(size, parts, workspace=3 * largest * heads)
+        return self.tape.record(
+            size, parts, saves=parts[-1:], extra=3 * pairs * heads + copies, workspace=largest * heads
+        )
+
+    def _pads(self) -> bool:
+        """Return whether ``packing.attend`` pads the rows again: on CUDA where its flash kernel does not serve."""
+        plain = not self.setting.training or self.shape.dropout[2] == 0
+        varlen = plain and self.setting.low_precision
+        return self.setting.device == "cuda" and self.shape.objective == "classification" and not varlen
+
+    def _attend_padded(self, parts: tuple[Value, ...], *, single: bool) -> Value:
+        """Attend in one call on padded copies of queries, keys and values; CUDA kernels draw dropout again instead."""
+        tape, batch, row = self.tape, self.batch, self.shape.width * self.low
+        places = batch.rows * batch.longest
+        queries = batch.rows if single else places
+        size = queries * row
+        # A copy is made from as many zeros, which end with it.
+        copies = (2 * places + (0 if single else places)) * row
+        statistics = queries * self.shape.heads * FULL
+        kept = tape.record(
+            size,
+            parts,
+            saves=parts[:1] if single else (),
+            saves_output=True,
+            extra=copies + statistics,
+            workspace=places * row,
+        )
+        if single:
+            return kept
+        return self.then(kept, tape.record(batch.tokens * row, (kept,), extra=batch.tokens * 8))
+
+    def pool(self, hidden: Value) -> Value:
+        """Take the one token of each row that it is classified by."""
+        size = self.batch.rows * self.shape.width * FULL
+        return self.tape.record(size, (hidden,))
+
+    def norm(self, source: Value, *, trained: bool) -> Value:
+        """Run a layer norm."""
+        # Mean and reciprocal deviation of every row are kept beside the input.
+        statistics = 2 * source.size // self.shape.width
+        own = (self.shape.width * FULL,) * 2 if trained else ()
+        return self.tape.record(source.size, (source,), saves=(source,), extra=statistics, parameters=own)
+
+    def linear(self, source: Value, layer: Linear, *, trained: bool) -> Value:
+        """Run a linear layer, stored as the setting says, with its adapter if it has one."""
+        tape = self.tape
+        rows = self._rows(source, layer)
+        size = rows * layer.fan_out * self.low
+        weight = layer.weight
+        cast = weight * self.low if self.setting.low_precision else 0
+        if self.setting.bits is not None:
+            # Weights are unpacked for each multiplication and thrown away; the 8-bit layer holds on to its input.
+            pinned = (source,) if self.setting.bits == 8 else ()
+            result = tape.record(size, (source,), pinned=pinned, workspace=weight * self.low)
+        elif trained:
+            own = (weight * FULL, layer.fan_out * FULL)
+            # Autocast multiplies, and keeps, a copy in low precision of inputs that are float32.
+            wide = self.setting.low_precision and source.size == rows * layer.fan_in * FULL
+            saves, copy = ((), source.size // 2) if wide else ((source,), 0)
+            result = tape.record(size, (source,), saves=saves, extra=cast + copy, parameters=own)
+        else:
+            result = tape.record(size, (source,), extra=cast)
+        return self._adapted(source, result, layer, rows=rows) if layer.rank else result
+
+    def _rows(self, source: Value, layer: Linear) -> int:
+        full = self.batch.tokens * layer.fan_in
+        return self.batch.tokens if source.size >= full * self.low else self.batch.rows
+
+    def _adapted(self, source: Value, result: Value, layer: Linear, *, rows: int) -> Value:
+        tape, training = self.tape, self.setting.training
+        seen = source
+        seen.storage.references += 1
+        seen = self.dropout(seen, self.shape.lora_dropout)
+        down = tape.record(
+            rows * layer.rank * self.low,
+            (seen,),
+            saves=(seen,),
+            parameters=(layer.rank * layer.fan_in * FULL,) if training else (),
+        )
+        up = tape.record(
+            result.size,
+            (down,),
+            saves=(down,),
+            parameters=(layer.rank * layer.fan_out * FULL,) if training else (),
+        )
+        tape.free(down)
+        scaled = self.then(up, tape.record(up.size, (up,)))
+        total = self.then(result, tape.record(result.size, (result, scaled), shared=True))
+        tape.free(scaled, seen)
+        return total
+
+    def dropout(self, source: Value, probability: float) -> Value:
+        """Drop in training; the source ends with it."""
+        if not self.setting.training or probability == 0:
+            return source
+        mask = source.size // FULL * self.mask_bytes
+        return self.then(source, self.tape.record(source.size, (source,), extra=mask))
+
+    def residual(self, one: Value, other: Value) -> Value:
+        """Add a branch to the stream."""
+        # Under autocast a low-precision branch joins a float32 stream.
+        return self.tape.record(max(one.size, other.size), (one, other), shared=True)
+
+    def then(self, old: Value, new: Value) -> Value:
+        """Rebind a local variable."""
+        self.tape.free(old)
+        return new
