@@ -23,7 +23,7 @@ RECIPE = """
 model: {base: %s, random_init: %s, max_length: 128}
 data: %s
 method: {name: lora, r: 16, lora_alpha: 32, lora_dropout: 0.0}
-training: {epochs: %d, batch_size: 16, learning_rate: 1e-3, seed: %d}
+training: {epochs: %d, batch_size: 16, learning_rate: 2e-3, seed: %d}
 output: {dir: %s, save_every: end, keep: 1}
 """
 SETS = {
