@@ -22,7 +22,7 @@ RESULTS = pathlib.Path(__file__).parent / "results" / "embedded_bases.json"
 RECIPE = """
 model: {base: %s, random_init: %s, max_length: 128}
 data: %s
-method: {name: lora, r: 16, lora_alpha: 32, lora_dropout: 0.0}
+method: {name: lora, r: 16, lora_alpha: 32, lora_dropout: 0.0, target_modules: all-linear}
 training: {epochs: %d, batch_size: 16, learning_rate: 2e-3, seed: %d}
 output: {dir: %s, save_every: end, keep: 1}
 """

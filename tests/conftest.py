@@ -20,3 +20,11 @@ def shared() -> Path:
     if not (folder / "data" / "sms_spam.tsv").is_file():
         pytest.skip("no shared data beside the repository")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keep tokens and hidden states of the tests out of the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["TOOLKIT_CACHE"] = str(folder)
+    return folder

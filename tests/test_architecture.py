@@ -63,7 +63,7 @@ DOORS = {
     "ruamel": {"toolkit/config"},
     "peft": {"toolkit/adapters"},
     "bitsandbytes": {"toolkit/models/quantize.py", "toolkit/training/optim.py"},
-    "accelerate": {"toolkit/runtime.py", "toolkit/training", "toolkit/tasks.py"},
+    "accelerate": {"toolkit/runtime.py", "toolkit/training", "toolkit/tasks", "toolkit/memory/prefix.py"},
     "typer": {"toolkit/cli.py"},
     "rich": {"toolkit/console.py", "toolkit/cli.py", "toolkit/console_plan.py"},
     "pickle": set(),

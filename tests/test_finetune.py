@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,8 +144,6 @@ def test_accumulation_changes_no_loss_and_no_weight(recipe_file, tmp_path, rows,
 @pytest.fixture
 def pico_no_dropout(pico_cache, tmp_path: Path) -> Path:
     """The pico GPT-2 without dropout, whose masks depend on how a batch is cut."""
-    import shutil
-
     folder = tmp_path / "no-dropout"
     shutil.copytree(pico_cache("gpt2"), folder)
     config = json.loads((folder / "config.json").read_text())
@@ -164,7 +164,9 @@ def finish(process: subprocess.Popen[bytes]) -> str:
     return output.decode()
 
 
-@pytest.mark.parametrize(("family", "extra"), [("gpt2", ""), ("distilbert", QUANTISED[0])])
+@pytest.mark.parametrize(
+    ("family", "extra"), [("gpt2", ""), ("distilbert", QUANTISED[0]), ("gpt2", "method: {name: last_n}")]
+)
 def test_killed_anywhere_and_started_again_ends_bit_equal(recipe_file, tmp_path, family, extra):
     path = recipe_file(family, extra)
     plain = launch(path, f"output.dir={tmp_path / 'plain'}")
@@ -184,12 +186,14 @@ def test_killed_anywhere_and_started_again_ends_bit_equal(recipe_file, tmp_path,
                 break
             time.sleep(0.01)
         time.sleep(chance.random() * 0.3)
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # a fast run may have ended
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
     last = launch(path, f"output.dir={killed}")
     assert last.wait(timeout=240) == 0, finish(last)
-    assert same_weights(tmp_path / "plain" / "adapter", killed / "adapter")
+    kind = "model" if "last_n" in extra else "adapter"
+    assert same_weights(tmp_path / "plain" / kind, killed / kind)
     assert losses(tmp_path / "plain") == losses(killed)
     for process in (plain, last):
         process.stdout.close()
@@ -361,3 +365,53 @@ def test_gradient_checkpointing_changes_no_weight(recipe_file, tmp_path, pico_no
 def test_precision_bf16_runs_and_is_recorded(recipe_file):
     record = finetune(load_recipe(recipe_file(), ["training.precision=bf16"]))
     assert record["environment"]["precision"] == "bf16"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+@pytest.mark.parametrize(
+    "method", ["{name: last_n}", "{name: head}", "{name: lora, r: 4, layers: last_1, lora_dropout: 0.0}"]
+)
+def test_kept_states_of_frozen_blocks_change_no_loss(recipe_file, tmp_path, family, method, monkeypatch):
+    monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path / "cache"))
+    path = recipe_file(family, f"method: {method}")
+    blocks = 2 if "head" in method else 1
+    runs = {"plain": "training.prefix_cache.enabled=false", "kept": "training.prefix_cache.dtype=fp32", "half": ""}
+    records = {}
+    for name, override in runs.items():
+        overrides = [f"output.dir={tmp_path / name}", *([override] if override else [])]
+        records[name] = finetune(load_recipe(path, overrides))
+    assert records["plain"]["prefix_cache"] is None
+    assert records["kept"]["prefix_cache"]["blocks"] == blocks
+    assert records["kept"]["prefix_cache"]["dtype"] == "fp32"
+    assert records["half"]["prefix_cache"]["bytes"] * 2 == records["kept"]["prefix_cache"]["bytes"]
+    assert losses(tmp_path / "kept")[:4] == pytest.approx(losses(tmp_path / "plain")[:4], rel=1e-5)
+    assert losses(tmp_path / "half")[:2] == pytest.approx(losses(tmp_path / "plain")[:2], rel=1e-2)
+    accuracies = {name: record["metrics"]["test"]["accuracy"] for name, record in records.items()}
+    assert accuracies["kept"] == accuracies["plain"]
+    again = finetune(load_recipe(path, [f"output.dir={tmp_path / 'again'}"]))
+    assert again["prefix_cache"]["seconds"] == 0.0
+    assert losses(tmp_path / "again") == losses(tmp_path / "half")
+
+
+def test_states_that_may_not_be_kept_are_computed_in_every_epoch(recipe_file):
+    record = finetune(
+        load_recipe(recipe_file("gpt2", "method: {name: last_n}"), ["training.prefix_cache.max_gib=1e-9"])
+    )
+    assert record["prefix_cache"] is None
+    assert record["steps"] == 14
+
+
+def test_token_batches_train_stop_and_go_on_bit_equal(recipe_file, tmp_path):
+    path = recipe_file("gpt2", "method: {name: full}")
+    common = ["training.max_tokens_per_batch=64", "training.epochs=2", "output.save_every=2"]
+    whole = finetune(load_recipe(path, [*common, f"output.dir={tmp_path / 'whole'}"]))
+    again = tmp_path / "again"
+    finetune(load_recipe(path, [*common, f"output.dir={again}"]))
+    for name in ("result.json", "model"):
+        target = again / name
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    shutil.rmtree(max((again / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name[5:])))
+    record = finetune(load_recipe(path, [*common, f"output.dir={again}"]))
+    assert record["epochs"] == whole["epochs"] == 2.0
+    assert same_weights(tmp_path / "whole" / "model", again / "model")
+    assert losses(tmp_path / "whole") == losses(again)

@@ -51,6 +51,24 @@ class TerminalListener:
         """Print a line above the bar."""
         (self._bar.console if self._bar else ERR).print(text, markup=False, soft_wrap=True)
 
+    def advance(self, what: str, *, done: int, total: int) -> None:
+        """Show a bar for long work beside the training; it closes when all is done."""
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=ERR,
+                disable=not ERR.is_terminal,
+            )
+            self._task = self._bar.add_task(what, total=total)
+            self._bar.start()
+        if self._task is not None:
+            self._bar.update(self._task, completed=done)
+        if done == total:
+            self.end()
+
     def begin(self, *, total: int, done: int) -> None:
         """Open the progress bar at ``done`` of ``total`` steps."""
         self._bar = Progress(

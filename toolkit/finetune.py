@@ -10,7 +10,7 @@ import contextlib
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from toolkit.adapters.methods import check_targets
+from toolkit.adapters.methods import adapted_blocks, check_targets
 from toolkit.config.schema import LastNMethod, LoraMethod, OutputSettings, Recipe
 from toolkit.data.load import LoadedData, load_data
 from toolkit.data.splits import save_split
@@ -84,6 +84,8 @@ def check_fit(recipe: Recipe, data: LoadedData, base: Base) -> None:
     method, blocks = recipe.method, base.config[base.family.layers_key]
     if isinstance(method, LoraMethod) and isinstance(method.target_modules, list):
         check_targets(method.target_modules, family=base.family)
+    if isinstance(method, LoraMethod):
+        adapted_blocks(method, blocks=blocks)
     if isinstance(method, LastNMethod) and method.n > blocks:
         raise RecipeError(Problem("", "method.n", f"{method.n} blocks, but the base has {blocks}", f"1 to {blocks}"))
     for name, part in data.parts.items():
@@ -112,7 +114,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     from toolkit.outcome import build_record, environment, error_examples, write_reports
     from toolkit.tasks import build_task
     from toolkit.training.optim import build_optimizer
-    from toolkit.training.plan import StepPlan
+    from toolkit.training.plan import build_plan
     from toolkit.training.run_log import RunLog
     from toolkit.training.trainer import Trainer
 
@@ -129,17 +131,9 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
 
     # Tokens, model, method, objective.
     tokenizer = load_tokenizer(base.path, kind=base.family.tokenizer)
-    task = build_task(recipe, data=data, base=base, tokenizer=tokenizer, accelerator=accelerator)
+    task = build_task(recipe, data=data, base=base, tokenizer=tokenizer, accelerator=accelerator, listener=listener)
     parameters = parameter_report(task.model)
-    plan = StepPlan(
-        rows=len(task.tables["train"]),
-        batch_size=settings.batch_size,
-        accumulation=settings.gradient_accumulation_steps,
-        processes=accelerator.num_processes,
-        seed=settings.seed,
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-    )
+    plan = build_plan(settings, lengths=task.tables["train"].lengths, processes=accelerator.num_processes)
     for line in describe_training(parameters, plan, task.tables["train"].lengths.mean(), task.truncated):
         listener.say(line)
     listener.say(f"machine: {device}, {precision}, {accelerator.num_processes} process(es)")
@@ -185,6 +179,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
         epochs=plan.epoch_of(progress.step),
         metrics=metrics,
         memory={"peak_bytes": peak_bytes, "kind": measured},
+        prefix_cache=task.prefix_cache,
         environment=environment(device, precision=precision, processes=accelerator.num_processes),
     )
     write_reports(record, recipe=recipe, folder=folder, mistakes=error_examples(task.mistakes(), data))
@@ -199,8 +194,7 @@ def describe_training(parameters: Any, plan: Any, mean_length: float, truncated:
     return [
         f"parameters: {parameters.trainable:,} of {parameters.total:,} train ({share:.2%})",
         f"texts: {plan.rows:,} rows of {mean_length:.0f} tokens on average, {truncated:,} cut to max_length",
-        f"steps: {plan.batch_size} rows x {plan.accumulation} micro-steps x {plan.processes} processes = "
-        f"{plan.global_batch} a step, {plan.steps_per_epoch} steps an epoch, {plan.total_steps} in all",
+        f"steps: {plan.describe()}",
     ]
 
 

@@ -12,6 +12,9 @@ class Listener(Protocol):
     def say(self, text: str) -> None:
         """Hear one line of text."""
 
+    def advance(self, what: str, *, done: int, total: int) -> None:
+        """Hear how far long work before or after training is."""
+
     def begin(self, *, total: int, done: int) -> None:
         """Hear that training starts at step ``done`` of ``total``."""
 
@@ -33,6 +36,9 @@ class Silent:
 
     def say(self, text: str) -> None:
         """Ignore a line."""
+
+    def advance(self, what: str, *, done: int, total: int) -> None:
+        """Ignore progress."""
 
     def begin(self, *, total: int, done: int) -> None:
         """Ignore the start."""

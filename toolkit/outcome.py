@@ -17,7 +17,7 @@ from toolkit.report.curves import draw_confusion, draw_curves
 from toolkit.report.html import ErrorExample, write_report
 from toolkit.report.metrics_log import MetricsLog
 from toolkit.report.model_card import write_model_card
-from toolkit.report.run_record import FORMAT, MemoryRecord, RunRecord, write_run_record
+from toolkit.report.run_record import FORMAT, MemoryRecord, PrefixCacheRecord, RunRecord, write_run_record
 from toolkit.run_folder import RunFolder
 from toolkit.tasks import Kind
 from toolkit.training.state import Progress
@@ -36,6 +36,7 @@ def build_record(
     epochs: float,
     metrics: dict[str, Any],
     memory: MemoryRecord,
+    prefix_cache: PrefixCacheRecord | None,
     environment: dict[str, Any],
 ) -> RunRecord:
     """Return the content of result.json."""
@@ -73,6 +74,7 @@ def build_record(
             "tokens_per_second": round(progress.tokens / max(progress.train_seconds, 1e-9), 1),
         },
         "memory": memory,
+        "prefix_cache": prefix_cache,
         "environment": environment,
     }
 

@@ -15,13 +15,13 @@ GPT2, DISTILBERT = FAMILIES["gpt2"], FAMILIES["distilbert"]
 
 def test_the_recipe_is_carried_over() -> None:
     method = LoraMethod(r=4, lora_alpha=12.0, lora_dropout=0.2)
-    config = peft_config(method, GPT2, base_name="owner/base")
+    config = peft_config(method, GPT2, base_name="owner/base", blocks=12)
     assert isinstance(config, LoraConfig)
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 12.0, 0.2)
     assert (config.task_type, config.bias, config.base_model_name_or_path) == ("SEQ_CLS", "none", "owner/base")
     assert config.modules_to_save == ["score"]
     assert config.fan_in_fan_out is True
-    assert peft_config(method, DISTILBERT, base_name="x").fan_in_fan_out is False
+    assert peft_config(method, DISTILBERT, base_name="x", blocks=6).fan_in_fan_out is False
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_targets(family: Family, wanted: Any, found: list[str]) -> None:
 @pytest.mark.parametrize("name", ["q_line", "classifier", "pre_classifier", "c_attn", ".*"])
 def test_targets_that_match_nothing_list_the_candidates(name: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        peft_config(LoraMethod(target_modules=["q_lin", name]), DISTILBERT, base_name="x")
+        peft_config(LoraMethod(target_modules=["q_lin", name]), DISTILBERT, base_name="x", blocks=6)
     [problem] = caught.value.problems
     assert problem.field == "method.target_modules"
     assert problem.wrong == f"{name} matches no layer"

@@ -143,7 +143,7 @@ def test_defaults_are_the_contract(write):
         "train": 0.7, "validation": 0.1, "test": 0.2, "seed": 123, "stratify": True
     }  # fmt: skip
     assert recipe.method.model_dump() == {
-        "name": "lora", "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "auto"
+        "name": "lora", "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "auto", "layers": "all",
     }  # fmt: skip
     assert recipe.quantization is None
     training = recipe.training

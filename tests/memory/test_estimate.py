@@ -11,7 +11,7 @@ from toolkit.memory.batches import largest_micro_batches
 from toolkit.memory.estimate import estimate, resident
 from toolkit.memory.microbatch import MicroBatch
 from toolkit.memory.shape import model_shape
-from toolkit.training.plan import StepPlan
+from toolkit.training.plan import build_plan
 
 FULL = {"name": "full"}
 HEAD = {"name": "head"}
@@ -85,13 +85,20 @@ def test_stored_weights_are_those_of_the_real_models(recipe, family, bits):
     assert held["quantisation state"] / 1e6 == pytest.approx(state, abs=0.06)
 
 
-@pytest.mark.parametrize(("epochs", "max_steps"), [(3, None), (None, 7)])
-def test_the_largest_micro_batch_is_the_plans(recipe, epochs, max_steps):
+@pytest.mark.parametrize("max_tokens", [None, 300])
+@pytest.mark.parametrize(("epochs", "max_steps"), [(3, None), (None, 7), (None, 40)])
+def test_the_largest_micro_batch_is_the_plans(recipe, epochs, max_steps, max_tokens):
     lengths = np.random.default_rng(3).integers(3, 90, 103)
     training = recipe(
-        LORA, epochs=epochs, max_steps=max_steps, batch_size=4, gradient_accumulation_steps=3, seed=5
+        LORA,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=4,
+        gradient_accumulation_steps=3,
+        seed=5,
+        max_tokens_per_batch=max_tokens,
     ).training
-    plan = StepPlan(rows=103, batch_size=4, accumulation=3, processes=1, seed=5, epochs=epochs, max_steps=max_steps)
+    plan = build_plan(training, lengths=lengths, processes=1)
     seen = [lengths[rows] for step in range(plan.total_steps) for rows in plan.micro_batches(step, rank=0)]
     found = largest_micro_batches(lengths, training)
     assert max(batch.tokens for batch in found) == max(row.sum() for row in seen)

@@ -16,8 +16,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from toolkit.adapters.apply import apply_method
 from toolkit.config.schema import FullMethod, HeadMethod, LastNMethod, LoraMethod, QuantizationSettings
 from toolkit.families import FAMILIES
-from toolkit.models.flat import runs_flat
-from toolkit.models.forward import checkpoint_activations, classify
+from toolkit.models.flat import prefix_states, runs_flat
+from toolkit.models.forward import checkpoint_activations, classify, frozen_blocks, unwrapped
 from toolkit.models.load import load_classifier
 from toolkit.models.packing import attend_by_run, attend_padded, pack
 
@@ -254,7 +254,7 @@ def test_only_real_tokens_are_computed_and_the_last_mlp_sees_one_a_row(pico_cach
 @pytest.mark.parametrize("kind", ["causal", "both_ways", "one_query"])
 def test_padded_attention_is_attention_by_run(kind: str) -> None:
     batch = batch_of((4, 9, 4, 1))
-    packing = pack(batch["input_ids"], batch["attention_mask"], pooling="last")
+    _, packing = pack(batch["input_ids"], batch["attention_mask"], pooling="last")
     assert packing.runs == ((1, 1), (2, 4), (1, 9))
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(18, 2, 8, generator=generator) for _ in range(3)]
@@ -267,3 +267,65 @@ def test_padded_attention_is_attention_by_run(kind: str) -> None:
         results.append([context.detach(), *torch.autograd.grad(context.square().sum(), leaves)])
     for by_run, in_one in zip(*results, strict=True):
         torch.testing.assert_close(in_one, by_run, atol=1e-6, rtol=3e-6)
+
+
+def cached(model: Any, batch: Batch) -> torch.Tensor:
+    """Return the logits from kept states of the frozen blocks, fp32."""
+    lengths = batch["attention_mask"].sum(1)
+    order = torch.argsort(lengths, stable=True)
+    blocks = frozen_blocks(model)
+    with torch.no_grad():
+        ascending = {name: tensor[order] for name, tensor in batch.items()}
+        states = prefix_states(unwrapped(model), **ascending, blocks=blocks)
+    pooled = blocks == len(list(unwrapped(model).get_submodule(FAMILIES[model.config.model_type].blocks)))
+    rows = torch.argsort(order) if pooled else slice(None)
+    return classify(model, {"states": states[rows], "lengths": lengths}, blocks=blocks)
+
+
+LAST = LORA.model_copy(update={"layers": "last_1"})
+PREFIX_CASES: dict[str, tuple[Any, QuantizationSettings | None]] = {
+    "last_n": (LastNMethod(name="last_n", n=1), None),
+    "head": (HeadMethod(name="head"), None),
+    "lora": (LAST, None),
+    "lora_8bit": (LAST, INT8),
+    "lora_4bit": (LAST, NF4),
+}
+
+
+@pytest.mark.parametrize("case", PREFIX_CASES)
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
+def test_from_kept_states_come_the_loss_and_gradients_of_the_padded_forward(
+    pico_cache: PicoFolder, base_of: BaseOf, model_type: str, case: str
+) -> None:
+    method, quantization = PREFIX_CASES[case]
+    model = build(base_of(pico_cache(model_type)), method, quantization)
+    assert frozen_blocks(model) == (2 if case == "head" else 1)
+    batch = batch_of(LENGTHS)
+    expected, gradients = loss_and_gradients(model, padded, batch)
+    loss, got = loss_and_gradients(model, cached, batch)
+    torch.testing.assert_close(loss, expected, atol=0, rtol=3e-6)
+    wrong = {name: error for name, error in errors(got, gradients).items() if error > 3e-6}
+    assert not wrong
+
+
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
+def test_where_nothing_below_trains_keys_and_values_are_never_formed(
+    pico_cache: PicoFolder, base_of: BaseOf, model_type: str
+) -> None:
+    model = build(base_of(pico_cache(model_type)), LastNMethod(name="last_n", n=1))
+    name = {"gpt2": "transformer.h.1.attn.c_attn", "distilbert": "distilbert.transformer.layer.1.attention.k_lin"}
+    calls: list[int] = []
+    model.get_submodule(name[model_type]).register_forward_hook(lambda *arguments: calls.append(1))
+    classify(model, batch_of((3, 8, 1)))
+    assert not calls
+
+
+def test_frozen_blocks_are_counted_up_to_the_first_that_trains(pico_cache: PicoFolder, base_of: BaseOf) -> None:
+    base = base_of(pico_cache("gpt2"))
+    assert frozen_blocks(build(base, FullMethod(name="full"))) == 0
+    assert frozen_blocks(build(base, LORA)) == 0
+    model = build(base, HeadMethod(name="head"))
+    model.transformer.ln_f.requires_grad_(True)
+    assert frozen_blocks(model) == 1
+    model.transformer.wpe.requires_grad_(True)
+    assert frozen_blocks(model) == 0

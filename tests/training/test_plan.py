@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from toolkit.training.plan import StepPlan
+from toolkit.training.plan import StepPlan, TokenBudgetPlan
 
 
 def plan(**changes) -> StepPlan:
@@ -59,3 +59,52 @@ def test_max_steps_may_exceed_an_epoch():
     assert chosen.total_steps == 20
     assert len(chosen.window(19)) == 12
     assert chosen.epoch_of(18) == 2.0
+
+
+LENGTHS = np.random.default_rng(1).integers(1, 60, 400)
+
+
+def budget(**changes) -> TokenBudgetPlan:
+    settings = {
+        "rows": 400, "batch_size": 8, "accumulation": 2, "processes": 1, "seed": 5, "epochs": 3, "max_steps": None,
+        "lengths": LENGTHS, "max_tokens": 128,
+    }  # fmt: skip
+    return TokenBudgetPlan(**{**settings, **changes})
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_token_batches_hold_the_budget_and_every_row_once(processes):
+    chosen = budget(processes=processes)
+    padded = 0
+    for epoch in range(3):
+        seen = []
+        for step in range(chosen.first_step(epoch), chosen.first_step(epoch + 1)):
+            shares = [chosen.micro_batches(step, rank=rank) for rank in range(processes)]
+            assert len({len(share) for share in shares}) == 1
+            batches = [batch for share in shares for batch in share if len(batch)]
+            assert all(len(batch) * LENGTHS[batch].max() <= 128 for batch in batches)
+            padded += sum(len(batch) * LENGTHS[batch].max() for batch in batches)
+            seen.append(np.concatenate(batches))
+            assert sorted(seen[-1]) == sorted(chosen.window(step))
+        assert sorted(np.concatenate(seen)) == list(range(400))
+    assert padded < 1.15 * 3 * LENGTHS.sum()
+    assert chosen.total_steps == chosen.first_step(3)
+
+
+def test_token_batches_are_data_and_differ_by_epoch():
+    ordered = [budget().window(step) for step in range(budget().total_steps)]
+    asked = budget()
+    for step in (len(ordered) - 1, 4, 0, 40):
+        assert np.array_equal(asked.window(step), ordered[step])
+    assert not np.array_equal(ordered[0], ordered[budget().first_step(1)])
+    ends = [steps for steps in range(1, len(ordered) + 1) if budget().ends_epoch(steps)]
+    assert ends == [budget().first_step(epoch) for epoch in (1, 2, 3)]
+    assert budget().epoch_of(ends[1]) == 2.0
+
+
+def test_a_row_over_the_budget_is_a_batch_of_its_own():
+    chosen = budget(max_tokens=16, accumulation=1)
+    sizes = [
+        len(chosen.window(step)) for step in range(chosen.first_step(1)) if LENGTHS[chosen.window(step)].max() > 16
+    ]
+    assert set(sizes) == {1}

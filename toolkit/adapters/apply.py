@@ -80,7 +80,8 @@ def _with_lora(
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        adapted = inject(model, peft_config(method, family, base_name=base_name))
+        blocks = len(list(model.get_submodule(family.blocks).children()))
+        adapted = inject(model, peft_config(method, family, base_name=base_name, blocks=blocks))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -23,6 +23,8 @@ ARGUMENTS = (
     "bias",
     "exclude_modules",
     "fan_in_fan_out",
+    "layers_pattern",
+    "layers_to_transform",
     "lora_alpha",
     "lora_dropout",
     "modules_to_save",
@@ -75,7 +77,10 @@ def _value_problems(settings: Mapping[str, Any], *, family: Family, where: str) 
     keys = ("r", "lora_alpha", "lora_dropout", "base_model_name_or_path")
     r, alpha, dropout, base = (settings.get(key, "") for key in keys)
     targets, kept, excluded = (settings.get(key) for key in ("target_modules", "modules_to_save", "exclude_modules"))
+    layers, pattern = settings.get("layers_to_transform"), settings.get("layers_pattern")
     head = f"the head: {', '.join(family.head)}"
+    # peft reads the pattern as a regular expression too.
+    stem = family.blocks.rpartition(".")[2]
     rules = (
         ("task_type", settings.get("task_type"), settings.get("task_type") == "SEQ_CLS", "SEQ_CLS"),
         ("r", r, type(r) is int and r > 0, "a whole number above 0"),
@@ -86,6 +91,13 @@ def _value_problems(settings: Mapping[str, Any], *, family: Family, where: str) 
         # peft reads a string as a regular expression: not from a file that anyone may have written.
         ("target_modules", targets, _is_names(targets), "a list of module names"),
         ("exclude_modules", excluded, excluded is None or _is_names(excluded), "null or a list of module names"),
+        ("layers_to_transform", layers, layers is None or _is_numbers(layers), "null or a list of block numbers"),
+        (
+            "layers_pattern",
+            pattern,
+            pattern == (stem if layers else None),
+            f"{stem} with layers_to_transform, else null",
+        ),
         (
             "modules_to_save",
             kept,
@@ -99,6 +111,10 @@ def _value_problems(settings: Mapping[str, Any], *, family: Family, where: str) 
 def _keeps_head(kept: list[str], family: Family) -> bool:
     """Whether peft would wrap the head and nothing else: it matches by ending, and adds its own guesses."""
     return all(path.endswith(tuple(kept)) for path in family.head) and set(kept) <= {*family.head, *PEFT_HEADS}
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(number) is int and number >= 0 for number in value)
 
 
 def _is_names(value: Any) -> bool:

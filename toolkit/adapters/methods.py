@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from toolkit.config.schema import LoraMethod
 from toolkit.errors import Problem, RecipeError, nearest
@@ -57,17 +57,34 @@ def unmatched_targets(names: Iterable[str], module_names: Iterable[str], *, fami
     return [name for name in names if not any(module == name or module.endswith(f".{name}") for module in inside)]
 
 
-def peft_config(method: LoraMethod, family: Family, *, base_name: str) -> LoraConfig:
+def adapted_blocks(method: LoraMethod, *, blocks: int) -> range:
+    """Return the numbers of the blocks that get adapters, of ``blocks``.
+
+    Raises:
+        RecipeError: More blocks than there are.
+    """
+    if method.layers == "all":
+        return range(blocks)
+    count = int(method.layers.removeprefix("last_"))
+    if count > blocks:
+        wrong = f"{method.layers} of {blocks} blocks"
+        raise RecipeError(Problem("", "method.layers", wrong, f"last_1 to last_{blocks}, or all"))
+    return range(blocks - count, blocks)
+
+
+def peft_config(method: LoraMethod, family: Family, *, base_name: str, blocks: int) -> LoraConfig:
     """Return peft's config for a sequence classifier.
 
     Args:
         method: The recipe's `method` section.
         family: The architecture.
         base_name: Hub id or absolute folder that stock peft will load the base from.
+        blocks: How many the base has.
 
     Raises:
-        RecipeError: A target module that the architecture lacks.
+        RecipeError: A target module that the architecture lacks, or more layers than the base has.
     """
+    chosen = adapted_blocks(method, blocks=blocks)
     from peft import LoraConfig, TaskType
 
     return LoraConfig(
@@ -81,4 +98,11 @@ def peft_config(method: LoraMethod, family: Family, *, base_name: str) -> LoraCo
         exclude_modules=list(family.head),
         modules_to_save=list(family.head),
         fan_in_fan_out=family.fan_in_fan_out,
+        # Left out where all blocks are adapted, so that such an adapter's config stays as it was.
+        **({} if method.layers == "all" else _layer_choice(chosen, family)),
     )
+
+
+def _layer_choice(chosen: range, family: Family) -> dict[str, Any]:
+    """Return peft's words for "these blocks": their numbers, and the name of the list that holds them."""
+    return {"layers_to_transform": list(chosen), "layers_pattern": family.blocks.rpartition(".")[2]}

@@ -111,6 +111,11 @@ class LoraMethod(Section):
     target_modules: Literal["auto", "all-linear"] | Annotated[list[Name], Field(min_length=1)] = Field(
         default="auto", description="auto: attention projections of the family; all-linear; or module names."
     )
+    layers: Literal["all"] | Annotated[str, Field(pattern=r"^last_[1-9]\d*$")] = Field(
+        default="all",
+        description="Blocks that get adapters: all, or last_4 for the last four; none below needs a "
+        "backward pass, and the prefix cache serves.",
+    )
 
 
 Method = Annotated[FullMethod | HeadMethod | LastNMethod | LoraMethod, Field(discriminator="name")]
@@ -124,12 +129,28 @@ class QuantizationSettings(Section):
     double_quant: bool = Field(default=True, description="Quantise the 4-bit scales too; unused at 8 bits.")
 
 
+class PrefixCacheSettings(Section):
+    """Hidden states of the frozen first blocks, kept between epochs and runs (head, last_n, lora with layers)."""
+
+    enabled: bool = Field(default=True, description="Run the frozen blocks once instead of in every epoch.")
+    dtype: Literal["fp16", "fp32"] = Field(
+        default="fp16", description="Of the kept states. fp16 moves gradients by about 3e-5; fp32 keeps them exact."
+    )
+    max_gib: Annotated[float, Field(gt=0)] = Field(
+        default=8.0, description="GiB of disk for all caches; a run whose states need more goes without."
+    )
+
+
 class TrainingSettings(Section):
     """The optimisation itself."""
 
     epochs: PositiveInt | None = Field(default=None, description="Passes over the rows; 5 if max_steps is null too.")
     max_steps: PositiveInt | None = Field(default=None, description="Optimizer steps, instead of epochs.")
     batch_size: PositiveInt = Field(default=8, description="Texts per device and micro-step.")
+    max_tokens_per_batch: PositiveInt | None = Field(
+        default=None,
+        description="Instead of batch_size: batches of texts of like length, rows times the longest at most this.",
+    )
     gradient_accumulation_steps: PositiveInt = Field(default=1, description="Micro-steps per optimizer step.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(default=2e-4, description="Peak learning rate.")
     embedding_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
@@ -149,6 +170,9 @@ class TrainingSettings(Section):
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute each block in the backward pass: less memory, about 30 % more time."
+    )
+    prefix_cache: PrefixCacheSettings = Field(
+        default_factory=PrefixCacheSettings, description="Used where the first blocks are frozen."
     )
     seed: Seed = Field(default=123, description="Seed of the head, the batch order and dropout.")
 

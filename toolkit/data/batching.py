@@ -24,7 +24,7 @@ def collate(
     Returns:
         ``input_ids`` and ``attention_mask``, int64, shape (B, T), and ``labels``, int64, shape (B,).
     """
-    lengths = table.offsets[1:][rows] - table.offsets[:-1][rows]
+    lengths = table.lengths_of(rows)
     real = np.arange(lengths.max(initial=0)) < lengths[:, None]
     ids = np.full(real.shape, pad_id, dtype=np.int64)
     # Row-major order of the mask is the order in which the rows lie one after another.

@@ -47,6 +47,11 @@ class TokenTable:
         """Tokens of each row, int64, shape (rows,)."""
         return np.diff(self.offsets)
 
+    def lengths_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the tokens of some rows, int64, shaped like ``rows``."""
+        lengths: NDArray[np.int64] = self.offsets[rows + 1] - self.offsets[rows]
+        return lengths
+
     def take(self, indices: NDArray[np.int64]) -> TokenTable:
         """Return the rows at ``indices``, int64, shape (n,), copied in that order."""
         return gather(self.ids, self.offsets[:-1][indices], self.lengths[indices])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.config.schema import TrainingSettings
-from toolkit.data.shuffle import epoch_order
+from toolkit.data.shuffle import epoch_order, token_batches
 from toolkit.memory.microbatch import MicroBatch
 
 Lengths = NDArray[np.int64]
@@ -23,15 +25,14 @@ def largest_micro_batches(
         target_share: Share of the tokens that a language model predicts.
         classes: Tokens its softmax runs over.
     """
-    size = training.batch_size
     best: dict[str, tuple[int, Lengths]] = {}
-    for order in _epochs(len(lengths), training):
-        starts = np.arange(0, len(order), size)
+    for order, starts in _epochs(lengths, training):
         for name, weights in (("tokens", lengths), ("squares", lengths * lengths)):
             totals = np.add.reduceat(weights[order], starts)
             at = int(totals.argmax())
             if name not in best or totals[at] > best[name][0]:
-                best[name] = int(totals[at]), lengths[order[starts[at] : starts[at] + size]]
+                end = starts[at + 1] if at + 1 < len(starts) else len(order)
+                best[name] = int(totals[at]), lengths[order[starts[at] : end]]
     return _distinct([chosen for _, chosen in best.values()], target_share=target_share, classes=classes)
 
 
@@ -44,20 +45,32 @@ def largest_evaluation_batch(
     return _distinct([np.sort(lengths)[::-1][:batch_size]], target_share=target_share, classes=classes)
 
 
-def _epochs(rows: int, training: TrainingSettings) -> list[NDArray[np.int64]]:
-    """Return the rows in the order they are seen, an array an epoch.
-
-    A window of ``batch_size * accumulation`` rows holds whole micro-batches, so they are consecutive in the epoch.
-    """
-    window = training.batch_size * training.gradient_accumulation_steps
+def _epochs(lengths: Lengths, training: TrainingSettings) -> Iterator[tuple[Lengths, Lengths]]:
+    """Yield, for each epoch, the rows in the order they are seen and where the micro-batches begin."""
+    if training.max_tokens_per_batch is not None:
+        yield from _token_epochs(lengths, training)
+        return
+    # A window of batch_size * accumulation rows holds whole micro-batches, so they are consecutive in the epoch.
+    rows, window = len(lengths), training.batch_size * training.gradient_accumulation_steps
     steps = -(-rows // window)
     total = training.max_steps if training.epochs is None else training.epochs * steps
     assert total is not None
-    epochs = []
     for epoch in range(-(-total // steps)):
         seen = min(rows, (total - epoch * steps) * window)
-        epochs.append(epoch_order(rows, seed=training.seed, epoch=epoch)[:seen])
-    return epochs
+        order = epoch_order(rows, seed=training.seed, epoch=epoch)[:seen]
+        yield order, np.arange(0, seen, training.batch_size)
+
+
+def _token_epochs(lengths: Lengths, training: TrainingSettings) -> Iterator[tuple[Lengths, Lengths]]:
+    assert training.max_tokens_per_batch is not None
+    left, epoch = training.max_steps, 0
+    while epoch < training.epochs if training.epochs is not None else left:
+        batches = token_batches(lengths, max_tokens=training.max_tokens_per_batch, seed=training.seed, epoch=epoch)
+        if left is not None:
+            batches = batches[: left * training.gradient_accumulation_steps]
+            left -= -(-len(batches) // training.gradient_accumulation_steps)
+        yield np.concatenate(batches), np.cumsum([0, *(len(batch) for batch in batches[:-1])])
+        epoch += 1
 
 
 def _distinct(chosen: list[Lengths], *, target_share: float, classes: int) -> list[MicroBatch]:

@@ -28,6 +28,9 @@ def candidates(recipe: Recipe) -> list[Recipe]:
     training = recipe.training
     effective = training.batch_size * training.gradient_accumulation_steps
     sizes = [size for size in range(1, effective + 1) if effective % size == 0]
+    if training.max_tokens_per_batch is not None:
+        # A smaller token budget would be other batches, not the same ones in parts.
+        sizes = [training.batch_size]
     optimizers = ["adamw", "adamw_8bit"] if training.optimizer == "adamw" else [training.optimizer]
     found = []
     for size, checkpointing, optimizer, quantization in itertools.product(

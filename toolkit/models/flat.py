@@ -21,8 +21,9 @@ from transformers.activations import NewGELUActivation
 from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from toolkit.families import FAMILIES
-from toolkit.models.packing import Packing, attend, pack
+from toolkit.families import FAMILIES, Family
+from toolkit.models.absorbed import attend_absorbed, only_trained
+from toolkit.models.packing import Packing, attend, lay_out, pack
 
 Tensor = torch.Tensor
 
@@ -48,18 +49,62 @@ def pooled_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
         input_ids: (B, T) int64, padded.
         attention_mask: (B, T), 1 for real tokens; None means that all are real.
     """
-    config: Any = model.config
-    family, flat = FAMILIES[config.model_type], FLAT[config.model_type]
-    packing = pack(input_ids, attention_mask, pooling=family.pooling)
-    hidden = flat.embed(model, packing)
-    blocks = _blocks(model)
+    family, flat = _families(model)
+    ids, packing = pack(input_ids, attention_mask, pooling=family.pooling)
+    hidden = _run(model, flat.embed(model, ids, packing), packing, _blocks(model))
+    return hidden.index_select(0, packing.row_of)
+
+
+def prefix_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, blocks: int) -> Tensor:
+    """Return what the first ``blocks`` blocks make of a batch: (N, width), the real tokens row after row.
+
+    If these are all blocks: (B, width), the last hidden state of the token that each row is classified by.
+
+    Args:
+        model: A classifier that ``runs_flat``.
+        input_ids: (B, T) int64, padded on the right, rows in ascending order of length.
+        attention_mask: (B, T), 1 for real tokens.
+        blocks: How many, from the first.
+    """
+    family, flat = _families(model)
+    if blocks == len(_blocks(model)):
+        return pooled_states(model, input_ids, attention_mask)
+    ids, packing = pack(input_ids, attention_mask, pooling=family.pooling)
+    return _run(model, flat.embed(model, ids, packing), packing, _blocks(model)[:blocks])
+
+
+def suffix_states(model: nn.Module, states: Tensor, lengths: Tensor, *, blocks: int) -> Tensor:
+    """Return what ``pooled_states`` does, from the output of ``prefix_states``.
+
+    Args:
+        model: A classifier that ``runs_flat``.
+        states: (N, width), the tokens of the shortest row first, equally long rows in their order; or (B, width).
+        lengths: (B,) int64, tokens of each row.
+        blocks: Blocks that ``states`` have behind them.
+    """
+    if blocks == len(_blocks(model)):
+        return states
+    family, _ = _families(model)
+    packing, _ = lay_out(lengths, pooling=family.pooling)
+    return _run(model, states, packing, _blocks(model)[blocks:]).index_select(0, packing.row_of)
+
+
+def _run(model: nn.Module, hidden: Tensor, packing: Packing, blocks: list[Any]) -> Tensor:
+    """Run consecutive blocks, and the final norm behind the last one of the model."""
+    family, flat = _families(model)
+    final = _blocks(model)[-1]
     for block in blocks:
-        step = partial(flat.block, block, packing=packing, last=block is blocks[-1])
+        step = partial(flat.block, block, packing=packing, last=block is final)
         recompute = block.gradient_checkpointing and block.training
         hidden = checkpoint(step, hidden, use_reentrant=False) if recompute else step(hidden)
-    if family.final_norm is not None:
+    if family.final_norm is not None and blocks[-1] is final:
         hidden = model.get_submodule(family.final_norm)(hidden)
-    return hidden.index_select(0, packing.row_of)
+    return hidden
+
+
+def _families(model: nn.Module) -> tuple[Family, FlatFamily]:
+    config: Any = model.config
+    return FAMILIES[config.model_type], FLAT[config.model_type]
 
 
 def _blocks(model: nn.Module) -> list[Any]:
@@ -67,33 +112,37 @@ def _blocks(model: nn.Module) -> list[Any]:
     return list(model.get_submodule(FAMILIES[config.model_type].blocks).children())
 
 
-def _embed_gpt2(model: Any, packing: Packing) -> Tensor:
+def _embed_gpt2(model: Any, ids: Tensor, packing: Packing) -> Tensor:
     body = model.transformer
-    hidden: Tensor = body.drop(body.wte(packing.ids) + body.wpe(packing.positions))
+    hidden: Tensor = body.drop(body.wte(ids) + body.wpe(packing.positions))
     return hidden
 
 
-def _embed_distilbert(model: Any, packing: Packing) -> Tensor:
-    hidden: Tensor = model.distilbert.embeddings(packing.ids[None], position_ids=packing.positions[None])
+def _embed_distilbert(model: Any, ids: Tensor, packing: Packing) -> Tensor:
+    hidden: Tensor = model.distilbert.embeddings(ids[None], position_ids=packing.positions[None])
     return hidden[0]
 
 
 def _block_gpt2(block: Any, hidden: Tensor, *, packing: Packing, last: bool) -> Tensor:
     """Return a GPT-2 block's output: (N, width), or (B, width) of the pooled tokens if it is the last block."""
     attention = block.attn
-    query, key, value = attention.c_attn(block.ln_1(hidden)).split(attention.split_size, dim=-1)
-    if last:
-        query, hidden = query.index_select(0, packing.pooled), hidden.index_select(0, packing.pooled)
-    context = attend(
-        query,
-        key,
-        value,
-        packing=packing,
-        heads=attention.num_heads,
-        causal=not last,
-        dropout=attention.attn_dropout.p if block.training else 0.0,
-        scale=attention.scaling,
-    )
+    options: dict[str, Any] = {
+        "packing": packing,
+        "heads": attention.num_heads,
+        "dropout": attention.attn_dropout.p if block.training else 0.0,
+        "scale": attention.scaling,
+    }
+    if last and only_trained(hidden, attention.c_attn):
+        # Nothing below trains: keys and values of the other tokens need not exist.
+        weights, biases = attention.c_attn.weight.chunk(3, dim=1), attention.c_attn.bias.chunk(3)
+        tokens, hidden = hidden, hidden.index_select(0, packing.pooled)
+        query = torch.addmm(biases[0], block.ln_1(hidden), weights[0])
+        context = attend_absorbed(query, tokens, weights[1:], biases[1:], norm=block.ln_1, **options)
+    else:
+        query, key, value = attention.c_attn(block.ln_1(hidden)).split(attention.split_size, dim=-1)
+        if last:
+            query, hidden = query.index_select(0, packing.pooled), hidden.index_select(0, packing.pooled)
+        context = attend(query, key, value, causal=not last, **options)
     hidden = hidden + attention.resid_dropout(attention.c_proj(context))
     mlp = block.mlp
     output: Tensor = hidden + mlp.dropout(mlp.c_proj(_activate(mlp.act, mlp.c_fc(block.ln_2(hidden)))))
@@ -112,19 +161,22 @@ def _activate(activation: nn.Module, hidden: Tensor) -> Tensor:
 def _block_distilbert(block: Any, hidden: Tensor, *, packing: Packing, last: bool) -> Tensor:
     """Return a DistilBERT block's output: (N, width), or (B, width) of the pooled tokens if it is the last block."""
     attention = block.attention
-    key, value = attention.k_lin(hidden), attention.v_lin(hidden)
-    if last:
-        hidden = hidden.index_select(0, packing.pooled)
-    context = attend(
-        attention.q_lin(hidden),
-        key,
-        value,
-        packing=packing,
-        heads=attention.n_heads,
-        causal=False,
-        dropout=attention.dropout.p if block.training else 0.0,
-        scale=attention.scaling,
-    )
+    options: dict[str, Any] = {
+        "packing": packing,
+        "heads": attention.n_heads,
+        "dropout": attention.dropout.p if block.training else 0.0,
+        "scale": attention.scaling,
+    }
+    if last and only_trained(hidden, attention.k_lin, attention.v_lin):
+        weights = attention.k_lin.weight.T, attention.v_lin.weight.T
+        biases = attention.k_lin.bias, attention.v_lin.bias
+        tokens, hidden = hidden, hidden.index_select(0, packing.pooled)
+        context = attend_absorbed(attention.q_lin(hidden), tokens, weights, biases, norm=None, **options)
+    else:
+        key, value = attention.k_lin(hidden), attention.v_lin(hidden)
+        if last:
+            hidden = hidden.index_select(0, packing.pooled)
+        context = attend(attention.q_lin(hidden), key, value, causal=False, **options)
     hidden = block.sa_layer_norm(attention.out_lin(context) + hidden)
     # Not block.ffn: its chunking cuts the second dimension, which here is the width.
     output: Tensor = block.output_layer_norm(block.ffn.ff_chunk(hidden) + hidden)
@@ -137,12 +189,12 @@ class FlatFamily:
 
     Attributes:
         block_type: The stock class of a block.
-        embed: Classifier and packing to the first hidden states (N, width).
+        embed: Classifier, ids (N,) and packing to the first hidden states (N, width).
         block: Block and hidden states to the next ones.
     """
 
     block_type: type[nn.Module]
-    embed: Callable[[Any, Packing], Tensor]
+    embed: Callable[[Any, Tensor, Packing], Tensor]
     block: Callable[..., Tensor]
 
 

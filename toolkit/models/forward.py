@@ -3,17 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from toolkit.models.flat import pooled_states, runs_flat
+from toolkit.families import FAMILIES
+from toolkit.models.flat import pooled_states, runs_flat, suffix_states
 
 
-class GPT2ForSequenceClassification(transformers.GPT2ForSequenceClassification):  # type: ignore[misc]
+class Prefix(NamedTuple):
+    """What the first blocks made of a batch (``flat.prefix_states``), given instead of its token ids.
+
+    Attributes:
+        states: (N, width), the tokens of the shortest row first, equally long rows in their order; (B, width) if no
+            block is left.
+        lengths: (B,) int64.
+        blocks: Blocks that ``states`` have behind them.
+    """
+
+    states: torch.Tensor
+    lengths: torch.Tensor
+    blocks: int
+
+
+class _FlatClassifier:
+    """The forward both classifiers share: without padding, one token a row, the head in its own dtype."""
+
+    def forward(
+        self: Any,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        prefix: Prefix | None = None,
+    ) -> SequenceClassifierOutput:
+        """Return the logits (B, labels); the arguments from `inputs_embeds` to `return_dict` exist for peft alone.
+
+        Args:
+            input_ids: (B, T) int64, padded on the right.
+            attention_mask: (B, T), 1 for real tokens; None means that all are real.
+            inputs_embeds: Must be None.
+            labels: Unused; the loss is the trainer's.
+            output_attentions: Unused.
+            output_hidden_states: Unused.
+            return_dict: Unused.
+            prefix: Instead of `input_ids`, what the first blocks made of them.
+        """
+        if prefix is not None:
+            pooled = suffix_states(self, prefix.states, prefix.lengths, blocks=prefix.blocks)
+        elif input_ids is None or inputs_embeds is not None:
+            raise ValueError("input_ids is needed, inputs_embeds is not supported")
+        elif runs_flat(self):
+            pooled = pooled_states(self, input_ids, attention_mask)
+        else:
+            pooled = self.pooled_padded(input_ids, attention_mask)
+        return SequenceClassifierOutput(logits=self.head_logits(pooled))
+
+
+class GPT2ForSequenceClassification(_FlatClassifier, transformers.GPT2ForSequenceClassification):  # type: ignore[misc]
     """Stock GPT-2 classifier that pools by attention mask.
 
     The stock forward takes the rightmost token that is not the pad id: with pad = eos it loses a text's own last eos.
@@ -21,69 +74,33 @@ class GPT2ForSequenceClassification(transformers.GPT2ForSequenceClassification):
     name because `save_pretrained` writes the class name into config.json.
     """
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> SequenceClassifierOutput:
-        """Return the logits (B, labels); the arguments after `attention_mask` exist for peft and are unused.
+    def pooled_padded(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Return (B, width) by the stock padded body."""
+        hidden = self.transformer(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return _last_real(hidden, attention_mask)
 
-        Args:
-            input_ids: (B, T) int64, padded on the right.
-            attention_mask: (B, T), 1 for real tokens; None means that all are real.
-            inputs_embeds: Must be None.
-            labels: Unused; the loss is the trainer's.
-            output_attentions: Unused.
-            output_hidden_states: Unused.
-            return_dict: Unused.
-        """
-        if input_ids is None or inputs_embeds is not None:
-            raise ValueError("input_ids is needed, inputs_embeds is not supported")
-        if runs_flat(self):
-            pooled = pooled_states(self, input_ids, attention_mask)
-        else:
-            hidden = self.transformer(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-            pooled = _last_real(hidden, attention_mask)
-        return SequenceClassifierOutput(logits=self.score(_head_input(pooled, self.score)))
+    def head_logits(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, labels) of pooled states (B, width)."""
+        logits: torch.Tensor = self.score(_head_input(pooled, self.score))
+        return logits
 
 
-class DistilBertForSequenceClassification(transformers.DistilBertForSequenceClassification):  # type: ignore[misc]
+class DistilBertForSequenceClassification(
+    _FlatClassifier,
+    transformers.DistilBertForSequenceClassification,  # type: ignore[misc]
+):
     """Stock DistilBERT classifier that runs without padding and whose fp32 head accepts a bf16 or fp16 body."""
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> SequenceClassifierOutput:
-        """Return the logits (B, labels); the arguments after `attention_mask` exist for peft and are unused.
+    def pooled_padded(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Return (B, width) by the stock padded body."""
+        hidden: torch.Tensor = self.distilbert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return hidden[:, 0]
 
-        Args:
-            input_ids: (B, T) int64, padded on the right.
-            attention_mask: (B, T), 1 for real tokens; None means that all are real.
-            inputs_embeds: Must be None.
-            labels: Unused; the loss is the trainer's.
-            output_attentions: Unused.
-            output_hidden_states: Unused.
-            return_dict: Unused.
-        """
-        if input_ids is None or inputs_embeds is not None:
-            raise ValueError("input_ids is needed, inputs_embeds is not supported")
-        if runs_flat(self):
-            pooled = pooled_states(self, input_ids, attention_mask)
-        else:
-            pooled = self.distilbert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
+    def head_logits(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, labels) of pooled states (B, width)."""
         pooled = self.pre_classifier(_head_input(pooled, self.pre_classifier))
-        return SequenceClassifierOutput(logits=self.classifier(self.dropout(torch.relu(pooled))))
+        logits: torch.Tensor = self.classifier(self.dropout(torch.relu(pooled)))
+        return logits
 
 
 CLASSIFIERS = {"gpt2": GPT2ForSequenceClassification, "distilbert": DistilBertForSequenceClassification}
@@ -103,19 +120,61 @@ def _head_input(pooled: torch.Tensor, head: nn.Module) -> torch.Tensor:
     return pooled.to(weight.dtype) if isinstance(weight, torch.Tensor) else pooled
 
 
-def classify(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def classify(model: nn.Module, batch: Mapping[str, torch.Tensor], *, blocks: int = 0) -> torch.Tensor:
     """Return the logits of a batch, through whatever wraps the model (peft, DDP, FSDP, autocast).
 
     Args:
         model: A classifier of `load_classifier`, or a wrapper of one.
-        batch: input_ids (B, T) int64 and attention_mask (B, T); other keys are ignored.
+        batch: input_ids (B, T) int64 and attention_mask (B, T), or the states and lengths of a `Prefix`; other keys
+            are ignored.
+        blocks: Blocks that the states have behind them.
 
     Returns:
         (B, labels) float32.
     """
-    output: Any = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    output: Any
+    if "states" in batch:
+        states = batch["states"] if torch.is_autocast_enabled(batch["states"].device.type) else batch["states"].float()
+        output = model(prefix=Prefix(states, batch["lengths"], blocks))
+    else:
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     logits: torch.Tensor = output.logits
     return logits.float()
+
+
+def frozen_blocks(model: nn.Module) -> int:
+    """Return how many blocks, from the first, no gradient reaches; 0 where the embeddings train.
+
+    Args:
+        model: A classifier with its method applied, or a language model.
+    """
+    base = unwrapped(model)
+    family = FAMILIES[base.config.model_type]
+    if any(p.requires_grad for path in family.embeddings for p in base.get_submodule(path).parameters()):
+        return 0
+    blocks = list(base.get_submodule(family.blocks).children())
+    count = next((n for n, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())), len(blocks))
+    norm = () if family.final_norm is None else base.get_submodule(family.final_norm).parameters()
+    # A pooled state stands behind the final norm, so where that trains, the last block is not part of the prefix.
+    return min(count, len(blocks) - 1) if any(p.requires_grad for p in norm) else count
+
+
+def rest_frozen_blocks(model: nn.Module) -> None:
+    """Put the embeddings and the blocks below the first trained one into eval mode, where there are such blocks."""
+    count, base = frozen_blocks(model), unwrapped(model)
+    family = FAMILIES[base.config.model_type]
+    if count == 0:
+        return
+    trained, mode = list(base.get_submodule(family.blocks).children())[count:], model.training
+    base.get_submodule(family.backbone).eval()
+    for block in trained:
+        block.train(mode)
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """Return the transformers model inside peft's wrapper, or the model itself."""
+    wrapper: Any = model
+    return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
 
 
 def checkpoint_activations(model: nn.Module) -> None:
@@ -127,7 +186,6 @@ def checkpoint_activations(model: nn.Module) -> None:
     Args:
         model: A classifier or language model, with or without an adapter.
     """
-    wrapper: Any = model
-    base = wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
+    base = unwrapped(model)
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     base.disable_input_require_grads()

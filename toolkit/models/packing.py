@@ -25,7 +25,6 @@ class Packing:
     """The N real tokens of a batch of B rows, row after row, rows in order of length.
 
     Attributes:
-        ids: (N,) int64, token ids.
         positions: (N,) int64, place of each token in its row, from 0.
         runs: (rows, length) of each run of equally long rows: one attention call serves a run.
         bounds: (B + 1,) int32, where rows begin and end.
@@ -33,7 +32,6 @@ class Packing:
         row_of: (B,) int64, place of each row of the batch in the order of length.
     """
 
-    ids: Tensor
     positions: Tensor
     runs: tuple[tuple[int, int], ...]
     bounds: Tensor
@@ -46,8 +44,8 @@ class Packing:
         return self.runs[-1][1]
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor | None, *, pooling: str) -> Packing:
-    """Return the real tokens of a padded batch.
+def pack(input_ids: Tensor, attention_mask: Tensor | None, *, pooling: str) -> tuple[Tensor, Packing]:
+    """Return the real tokens of a padded batch, (N,) int64, and how they lie.
 
     Args:
         input_ids: (B, T) int64, padded anywhere.
@@ -57,19 +55,30 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, *, pooling: str) -> P
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
     # A row without tokens is classified by its first padding, as in the padded forward.
     real = torch.cat([real[:, :1] | ~real.any(1, keepdim=True), real[:, 1:]], dim=1)
-    lengths, order = torch.sort(real.sum(1), stable=True)
-    real = real[order]
+    packing, order = lay_out(real.sum(1), pooling=pooling)
+    return input_ids[order][real[order]], packing
+
+
+def lay_out(lengths: Tensor, *, pooling: str) -> tuple[Packing, Tensor]:
+    """Return how rows of these lengths, (B,) int64, lie, and the order (B,) they have to be put into.
+
+    Args:
+        lengths: Tokens of each row, at least 1.
+        pooling: Which token is classified: ``last`` or ``first``.
+    """
+    lengths, order = torch.sort(lengths, stable=True)
     bounds = functional.pad(lengths.cumsum(0), (1, 0))
     # Attention calls want their shapes on the host: on a GPU this waits for the device once a batch.
-    runs = tuple((len(list(run)), length) for length, run in groupby(lengths.tolist()))
-    return Packing(
-        ids=input_ids[order][real],
-        positions=(real.cumsum(1) - 1)[real],
-        runs=runs,
+    sizes = lengths.tolist()
+    starts = torch.repeat_interleave(bounds[:-1], lengths, output_size=sum(sizes))
+    packing = Packing(
+        positions=torch.arange(len(starts), device=starts.device) - starts,
+        runs=tuple((len(list(run)), length) for length, run in groupby(sizes)),
         bounds=bounds.int(),
         pooled=bounds[1:] - 1 if pooling == "last" else bounds[:-1],
         row_of=torch.argsort(order),
     )
+    return packing, order
 
 
 def attend(
@@ -147,27 +156,44 @@ def attend_padded(
 
     Tensors are (N or B, heads, head width). Its arithmetic is tested on a CPU; it has not run on a GPU.
     """
-    lengths = packing.bounds.diff()
-    rows, single = len(lengths), len(query) != len(key)
-    row = torch.repeat_interleave(torch.arange(rows, device=key.device), lengths, output_size=len(key))
-    place = row * packing.longest + packing.positions
+    single, place = len(query) != len(key), padded_places(packing)
 
     def pad(part: Tensor) -> Tensor:
-        padded = part.new_zeros(rows * packing.longest, *part.shape[1:])
-        return _as_heads(padded.index_copy(0, place, part), rows)
+        return pad_rows(part, place, packing).transpose(1, 2)
 
-    real = torch.arange(packing.longest, device=key.device) < lengths[:, None]
     context = functional.scaled_dot_product_attention(
         query.unsqueeze(2) if single else pad(query),
         pad(key),
         pad(value),
         # Padding stands on the right, where a causal query does not look.
-        attn_mask=None if causal else real[:, None, None],
+        attn_mask=None if causal else real_positions(packing)[:, None, None],
         dropout_p=dropout,
         is_causal=causal,
         scale=scale,
     ).transpose(1, 2)
     return context.squeeze(1) if single else context.flatten(0, 1).index_select(0, place)
+
+
+def padded_places(packing: Packing) -> Tensor:
+    """Return (N,): where each token stands in the rows padded to the longest and laid one after another."""
+    row = torch.repeat_interleave(
+        torch.arange(len(packing.pooled), device=packing.bounds.device),
+        packing.bounds.diff(),
+        output_size=len(packing.positions),
+    )
+    return row * packing.longest + packing.positions
+
+
+def pad_rows(part: Tensor, place: Tensor, packing: Packing) -> Tensor:
+    """Return (B, longest, ...) of a part (N, ...), zero where there is no token."""
+    rows = len(packing.pooled)
+    padded = part.new_zeros(rows * packing.longest, *part.shape[1:]).index_copy(0, place, part)
+    return padded.view(rows, packing.longest, *part.shape[1:])
+
+
+def real_positions(packing: Packing) -> Tensor:
+    """Return (B, longest), True where a padded row has a token."""
+    return torch.arange(packing.longest, device=packing.bounds.device) < packing.bounds.diff()[:, None]
 
 
 def _attend_varlen(

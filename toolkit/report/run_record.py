@@ -115,6 +115,22 @@ class MemoryRecord(TypedDict):
     kind: str
 
 
+class PrefixCacheRecord(TypedDict):
+    """The kept states of the frozen first blocks.
+
+    Attributes:
+        blocks: Blocks whose states were kept.
+        dtype: ``fp16`` or ``fp32``.
+        bytes: Bytes of the states.
+        seconds: Time spent on computing them, beside ``timing``; 0 where an earlier run had left them.
+    """
+
+    blocks: int
+    dtype: str
+    bytes: int
+    seconds: float
+
+
 class RunRecord(TypedDict):
     """Everything a finished run knows about itself; the content of ``result.json``.
 
@@ -128,6 +144,7 @@ class RunRecord(TypedDict):
         quantization: The recipe's quantization section, or null.
         steps: Optimizer steps done.
         epochs: Passes over the training rows, fractional.
+        prefix_cache: Null where no block was frozen, or its states were not kept.
         environment: Versions, device, threads and platform.
     """
 
@@ -148,6 +165,7 @@ class RunRecord(TypedDict):
     metrics: MetricsRecord
     timing: TimingRecord
     memory: MemoryRecord
+    prefix_cache: PrefixCacheRecord | None
     environment: dict[str, Any]
 
 
@@ -180,6 +198,8 @@ def read_run_record(path: pathlib.Path) -> RunRecord:
         raise OutputError(Problem(where, "", "not a JSON object of a run", "the result.json that a run wrote"))
     if data.get("format") != FORMAT:
         raise OutputError(Problem(where, "format", f"is {data.get('format')!r}", f"{FORMAT}"))
+    # Records from before there was a cache.
+    data.setdefault("prefix_cache", None)
     missing = sorted(RunRecord.__required_keys__ - data.keys())
     if missing:
         raise OutputError(Problem(where, key, "missing", "the result.json that a run wrote") for key in missing)

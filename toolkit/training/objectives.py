@@ -12,7 +12,7 @@ from torch import nn
 
 from toolkit.data.batching import collate
 from toolkit.data.tokens import TokenTable
-from toolkit.models.forward import classify
+from toolkit.models.forward import classify, rest_frozen_blocks
 from toolkit.models.language import language_model_hidden, project_tokens
 from toolkit.training.plan import Rows
 
@@ -30,29 +30,68 @@ class Objective(Protocol):
     def weight(self, batch: Batch) -> float:
         """Return how many losses ``forward`` sums: rows, or predicted tokens."""
 
+    def tokens(self, batch: Batch) -> int:
+        """Return the real tokens of a batch."""
+
+
+class RowCache(Protocol):
+    """States of the first blocks, kept by row (``memory.prefix_cache.PrefixCache``)."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that the states have behind them."""
+
+    def batch(self, rows: Rows, labels: Rows | None = None) -> Batch:
+        """Return ``states``, ``lengths`` (B,) and ``labels`` (B,)."""
+
 
 class ClassificationObjective(nn.Module):
-    """Cross entropy of the pooled token's logits, summed over rows."""
+    """Cross entropy of the pooled token's logits, summed over rows.
 
-    def __init__(self, model: nn.Module, *, table: TokenTable, labels: Rows, pad_id: int) -> None:
+    The frozen blocks below the first one that trains run as in evaluation, without dropout: their states are then the
+    same in every epoch, and can be kept.
+
+    Args:
+        model: A classifier with its method applied.
+        table: Token ids of all rows.
+        labels: int64, shape (rows,).
+        pad_id: Fills short rows.
+        cache: What the frozen blocks make of the rows; None runs them.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, table: TokenTable, labels: Rows, pad_id: int, cache: RowCache | None = None
+    ) -> None:
         super().__init__()
         self.model = model
-        self._table, self._labels, self._pad_id = table, labels, pad_id
+        self._table, self._labels, self._pad_id, self._cache = table, labels, pad_id, cache
+
+    def train(self, mode: bool = True) -> ClassificationObjective:
+        """Set training mode, but for what is frozen below the first trained block."""
+        super().train(mode)
+        rest_frozen_blocks(self.model)
+        return self
 
     def batch(self, rows: Rows, *, step: int) -> Batch:
-        """Return ``input_ids`` (B, T), ``attention_mask`` (B, T), ``labels`` (B,)."""
-        if len(rows) == 0:
-            batch = collate(self._table, self._labels, np.zeros(1, dtype=np.int64), pad_id=self._pad_id)
-            return {**batch, "labels": torch.full_like(batch["labels"], -100)}
-        return collate(self._table, self._labels, rows, pad_id=self._pad_id)
+        """Return ``labels`` (B,), and ``input_ids`` and ``attention_mask`` (B, T) or ``states`` and ``lengths``."""
+        used = rows if len(rows) else np.zeros(1, dtype=np.int64)
+        if self._cache is not None:
+            batch = self._cache.batch(used, self._labels)
+        else:
+            batch = collate(self._table, self._labels, used, pad_id=self._pad_id)
+        return batch if len(rows) else {**batch, "labels": torch.full_like(batch["labels"], -100)}
 
     def weight(self, batch: Batch) -> float:
         """Return the number of rows with a label."""
         return float((batch["labels"] >= 0).sum())
 
+    def tokens(self, batch: Batch) -> int:
+        """Return the real tokens of a batch, those that a cache stands for included."""
+        return int((batch["lengths"] if "lengths" in batch else batch["attention_mask"]).sum())
+
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the summed loss, a scalar."""
-        logits = classify(self.model, batch)
+        logits = classify(self.model, batch, blocks=0 if self._cache is None else self._cache.blocks)
         return functional.cross_entropy(logits.float(), batch["labels"], reduction="sum", ignore_index=-100)
 
 
@@ -120,6 +159,10 @@ class LanguageModelingObjective(nn.Module):
     def weight(self, batch: Batch) -> float:
         """Return the number of predicted tokens."""
         return float(len(batch["labels"]))
+
+    def tokens(self, batch: Batch) -> int:
+        """Return the real tokens of a batch."""
+        return int(batch["attention_mask"].sum())
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the summed loss, a scalar."""

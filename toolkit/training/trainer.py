@@ -6,10 +6,9 @@ import math
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -23,6 +22,7 @@ from toolkit.runtime import resident_bytes
 from toolkit.training.checkpoint import Checkpoint, load_checkpoint, rotate, save_checkpoint, steps_on_disk
 from toolkit.training.optim import learning_rate
 from toolkit.training.plan import StepPlan
+from toolkit.training.signals import StopSignals
 from toolkit.training.state import Progress, capture, restore
 
 
@@ -97,7 +97,7 @@ class Trainer:
         self._wrapped, self.optimizer = accelerator.prepare(objective, optimizer)
         self._evaluate, self._observer = evaluate, observer
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
-        self._signal: int | None = None
+        self._signals = StopSignals(accelerator)
         self.progress = Progress()
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -112,7 +112,7 @@ class Trainer:
             OutOfMemoryError: When a step does not fit.
             StoppedError: After SIGINT or SIGTERM, once a checkpoint is saved.
         """
-        with self._catching_signals():
+        with self._signals:
             while self.progress.step < self.plan.total_steps and not self.progress.stopped_early:
                 loss = self._timed_step()
                 self._after_step(loss)
@@ -141,7 +141,7 @@ class Trainer:
         batches = [self._objective.batch(part, step=step) for part in rows]
         # The mean is over the whole window, so a short last one and uneven processes weigh every row alike.
         weight = self._total(sum(self._objective.weight(batch) for batch in batches))
-        tokens = self._total(sum(float(batch["attention_mask"].sum()) for batch in batches))
+        tokens = self._total(float(sum(self._objective.tokens(batch) for batch in batches)))
         self._wrapped.train()
         loss = 0.0
         for index, batch in enumerate(batches):
@@ -202,11 +202,13 @@ class Trainer:
 
     def _memory_advice(self) -> str:
         training = self.recipe.training
-        half = max(1, training.batch_size // 2)
-        wider = training.gradient_accumulation_steps * (training.batch_size // half)
+        budget = training.max_tokens_per_batch
+        name, size = ("batch_size", training.batch_size) if budget is None else ("max_tokens_per_batch", budget)
+        half = max(1, size // 2)
+        wider = training.gradient_accumulation_steps * (size // half)
         setting = (
-            f"training.batch_size={half} training.gradient_accumulation_steps={wider} keeps the effective batch"
-            if training.batch_size > 1
+            f"training.{name}={half} training.gradient_accumulation_steps={wider} keeps the effective batch"
+            if size > 1
             else "training.gradient_checkpointing=true or a smaller model.max_length"
         )
         return f"out of memory at step {self.progress.step + 1} (try {setting}; {self._last_good()})"
@@ -220,7 +222,7 @@ class Trainer:
             self._write_log()
         self._observer.step(step, loss)
         better = self._is_due(self.recipe.evaluation.every) and self._validate()
-        stopping = self._stop_signal()
+        stopping = self._signals.received()
         if better or last or progress.stopped_early or stopping or self._is_due(self.recipe.output.save_every):
             self.save()
         if stopping:
@@ -235,7 +237,7 @@ class Trainer:
             return True
         if every == "end":
             return False
-        return step % (self.plan.steps_per_epoch if every == "epoch" else every) == 0
+        return self.plan.ends_epoch(step) if every == "epoch" else step % every == 0
 
     def _write_log(self) -> None:
         progress, device = self.progress, self.accelerator.device
@@ -298,23 +300,3 @@ class Trainer:
         if best is not None and best != self.progress.step:
             checkpoint = load_checkpoint(self.checkpoints / f"step-{best}")
             load_trainable_state(self.model, checkpoint.tensors["trainable"])
-
-    @contextmanager
-    def _catching_signals(self) -> Iterator[None]:
-        def remember(number: int, frame: FrameType | None) -> None:
-            self._signal = number
-
-        previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _stop_signal(self) -> int | None:
-        """Return the signal that any process received, so that all stop at the same step."""
-        number = self._signal or 0
-        if self.accelerator.num_processes > 1:
-            tensor = torch.tensor([float(number)], device=self.accelerator.device)
-            number = int(self.accelerator.gather(tensor).max())
-        return number or None

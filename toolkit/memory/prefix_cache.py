@@ -1,0 +1,268 @@
+"""Hidden states of the frozen first blocks, computed once and kept on disk, memory-mapped.
+
+Blocks below the first one that trains give every epoch the same states. Kept, they turn an epoch of training the last
+blocks into work on those blocks alone. A cache is keyed by all that decides its numbers, so a second run finds it; its
+rows are computed chunk by chunk, each with a checksum, so a killed pass goes on and a damaged chunk is made anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from toolkit.data.batching import collate
+from toolkit.data.cache import cache_folder
+from toolkit.data.tokens import TokenTable
+from toolkit.evaluation.evaluate import length_sorted_batches
+
+FORMAT = 1
+CHUNK_TOKENS = 16_384
+# Tokens of one forward pass: as fast as any on two CPU cores, and 50 MiB of activations at GPT-2's width.
+BATCH_TOKENS = {"cpu": 2_048, "cuda": 16_384}
+DTYPES: dict[str, Any] = {"fp16": np.float16, "fp32": np.float32}
+# How much of a GPU's free memory a cache may take to stay there.
+DEVICE_SHARE = 0.3
+
+States = NDArray[np.floating[Any]]
+Compute = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+
+
+class PrefixOverflowError(Exception):
+    """A state is too large for fp16."""
+
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """The states of the rows of one table.
+
+    Attributes:
+        states: (N, width): the tokens of all rows one after another; (rows, width) if no block is left to train.
+        table: Token ids the states belong to.
+        blocks: Blocks that the states have behind them.
+        pooled: Whether there is one state a row.
+        seconds: Time it took to compute what was missing; 0.0 for a cache that was found whole.
+    """
+
+    states: States | torch.Tensor
+    table: TokenTable
+    blocks: int
+    pooled: bool
+    seconds: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states."""
+        return int(self.states.nbytes)
+
+    def batch(self, rows: NDArray[np.int64], labels: NDArray[np.int64] | None = None) -> dict[str, torch.Tensor]:
+        """Return what ``models.forward.classify`` takes: ``states``, ``lengths`` (B,), and ``labels`` (B,) if given."""
+        lengths = self.table.lengths_of(rows)
+        index = rows if self.pooled else self._positions(rows, lengths)
+        if isinstance(self.states, torch.Tensor):
+            states = self.states[torch.from_numpy(index).to(self.states.device)]
+        else:
+            states = torch.from_numpy(self.states[index])
+        batch = {"states": states, "lengths": torch.from_numpy(lengths)}
+        if labels is not None:
+            batch["labels"] = torch.from_numpy(np.asarray(labels[rows], dtype=np.int64))
+        return batch
+
+    def _positions(self, rows: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where the tokens of ``rows`` lie, those of the shortest row first."""
+        order = np.argsort(lengths, kind="stable")
+        starts, lengths = self.table.offsets[:-1][rows[order]], lengths[order]
+        ends = np.cumsum(lengths)
+        return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
+
+    def to(self, device: torch.device) -> PrefixCache:
+        """Return the cache on the device, where a GPU has room for it; else itself."""
+        if device.type != "cuda" or self.nbytes > DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+            return self
+        states = torch.from_numpy(np.asarray(self.states)).to(device)
+        return PrefixCache(states, self.table, self.blocks, self.pooled, self.seconds)
+
+
+def cache_bytes(table: TokenTable, *, width: int, dtype: str, pooled: bool) -> int:
+    """Return the size of a cache: 2 or 4 bytes for each element of a state, a state for each token or row."""
+    return (len(table) if pooled else len(table.ids)) * width * int(np.dtype(DTYPES[dtype]).itemsize)
+
+
+def prefix_key(**facts: object) -> str:
+    """Return the key of a cache, hex digits, from everything that decides its numbers."""
+    return hashlib.sha256(repr((FORMAT, sorted(facts.items()))).encode()).hexdigest()[:32]
+
+
+def table_sha256(table: TokenTable) -> str:
+    """Return a hash of a table's ids and row lengths, hex digits."""
+    digest = hashlib.sha256(np.ascontiguousarray(table.ids).data)
+    digest.update(table.lengths.data)
+    return digest.hexdigest()
+
+
+def lacks_room(needed: int, *, limit: int, keep: set[str]) -> str | None:
+    """Return why a cache of ``needed`` bytes may not be written, or None; caches unused for longest make room first.
+
+    Args:
+        needed: Bytes of the caches of this run.
+        limit: Bytes that all caches together may take.
+        keep: Keys of this run.
+    """
+    root = cache_folder() / "prefix"
+    if needed > limit:
+        return f"{needed / 2**30:.1f} GiB of states, over training.prefix_cache.max_gib"
+    root.mkdir(parents=True, exist_ok=True)
+    others = sorted((p for p in root.iterdir() if p.is_dir() and p.name not in keep), key=lambda p: p.stat().st_mtime)
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in others}
+    while others and sum(sizes[path] for path in others) + needed > limit:
+        shutil.rmtree(others.pop(0), ignore_errors=True)
+    have = sum(f.stat().st_blocks * 512 for key in keep if (root / key).is_dir() for f in (root / key).iterdir())
+    free = shutil.disk_usage(root).free
+    if needed - have > free:
+        return f"{needed / 2**30:.1f} GiB of states, but the disk of {root} has {free / 2**30:.1f} GiB free"
+    return None
+
+
+def build_prefix_cache(
+    table: TokenTable,
+    compute: Compute,
+    *,
+    key: str,
+    width: int,
+    blocks: int,
+    pooled: bool,
+    dtype: str,
+    device: torch.device,
+    pad_id: int,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> PrefixCache:
+    """Return the cache under ``key``, computing the chunks that are missing or damaged.
+
+    Args:
+        table: Rows.
+        compute: A padded batch, rows ascending by length, to its states (``models.flat.prefix_states``).
+        key: From ``prefix_key``.
+        width: Of a state.
+        blocks: Blocks that ``compute`` runs.
+        pooled: Whether it returns one state a row.
+        dtype: ``fp16`` or ``fp32``, of the kept states.
+        device: Where ``compute`` wants its batch.
+        pad_id: Fills short rows.
+        advance: Hears of the rows done and of all rows.
+
+    Raises:
+        PrefixOverflowError: A state exceeds fp16.
+        OSError: The disk is full.
+    """
+    folder = cache_folder() / "prefix" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
+    offsets = np.arange(len(table) + 1) if pooled else table.offsets
+    started = time.perf_counter()
+    with _locked(folder / "lock"):
+        states = _open(folder / "states", shape=(int(offsets[-1]), width), dtype=DTYPES[dtype])
+        chunks = _chunks(table.offsets)
+        valid = _valid_chunks(folder / "checksums", states, [(offsets[low], offsets[high]) for low, high in chunks])
+        missing = [number for number in range(len(chunks)) if number not in valid]
+        for number in missing:
+            low, high = chunks[number]
+            part = states[offsets[low] : offsets[high]]
+            _fill(part, table, compute, rows=(low, high), offsets=offsets, device=device, pad_id=pad_id)
+            states.flush()
+            _note(folder / "checksums", number, part)
+            advance(high, len(table))
+    seconds = time.perf_counter() - started if missing else 0.0
+    return PrefixCache(states, table, blocks, pooled, seconds)
+
+
+def _open(path: Path, *, shape: tuple[int, int], dtype: Any) -> Any:
+    size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+    if not path.exists() or path.stat().st_size != size:
+        path.with_name("checksums").unlink(missing_ok=True)
+        with path.open("wb") as file:
+            file.truncate(size)
+    return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+
+
+def _chunks(offsets: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Return runs of consecutive rows of about ``CHUNK_TOKENS`` tokens."""
+    chunks, low = [], 0
+    while low < len(offsets) - 1:
+        high = int(np.searchsorted(offsets, offsets[low] + CHUNK_TOKENS, side="right")) - 1
+        chunks.append((low, max(high, low + 1)))
+        low = chunks[-1][1]
+    return chunks
+
+
+def _valid_chunks(path: Path, states: States, bounds: list[tuple[int, int]]) -> set[int]:
+    """Return the chunks whose states match their checksum, a line ``number crc32`` each."""
+    if not path.exists():
+        return set()
+    kept: dict[int, int] = {}
+    for line in path.read_text(encoding="ascii", errors="replace").splitlines():
+        words = line.split()
+        # The last line of a killed pass may be half.
+        if len(words) == 2 and words[0].isdigit() and words[1].isdigit():
+            kept[int(words[0])] = int(words[1])
+    return {n for n, (low, high) in enumerate(bounds) if kept.get(n) == _checksum(states[low:high])}
+
+
+def _checksum(part: States) -> int:
+    return zlib.crc32(part.data.cast("B")) if part.size else 0
+
+
+def _note(path: Path, number: int, part: States) -> None:
+    with path.open("a", encoding="ascii") as file:
+        file.write(f"\n{number} {_checksum(part)}\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fill(
+    part: States,
+    table: TokenTable,
+    compute: Compute,
+    *,
+    rows: tuple[int, int],
+    offsets: NDArray[np.int64],
+    device: torch.device,
+    pad_id: int,
+) -> None:
+    """Compute the states of consecutive rows, in batches of like length."""
+    low, high = rows
+    numbers = np.arange(low, high)
+    budget = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
+    for chosen in length_sorted_batches(table.lengths_of(numbers), batch_size=budget, max_tokens=budget):
+        batch_rows = numbers[chosen[::-1]]
+        batch_rows = batch_rows[np.argsort(table.lengths_of(batch_rows), kind="stable")]
+        batch = collate(table, None, batch_rows, pad_id=pad_id)
+        states = compute({name: tensor.to(device) for name, tensor in batch.items()}).float().cpu().numpy()
+        if part.dtype == np.float16 and np.abs(states).max(initial=0) > np.finfo(np.float16).max:
+            raise PrefixOverflowError
+        sizes = offsets[batch_rows + 1] - offsets[batch_rows]
+        ends = np.cumsum(sizes)
+        part[np.repeat(offsets[batch_rows] - offsets[low] - (ends - sizes), sizes) + np.arange(ends[-1])] = states
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Wait for another run that fills the same cache."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; there two runs compute the same states twice.
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

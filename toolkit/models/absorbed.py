@@ -1,0 +1,84 @@
+"""Attention of one query a row whose keys and values are never formed.
+
+With K = X W_k and one query q, the scores q K^T are (q W_k^T) X^T, and the context p V is (p X) W_v: for each head two
+products with the hidden states X instead of two projections of them. At GPT-2's width and 12 heads that is a 32nd of
+the work of a token, and X needs no gradient. The norm before the projections is folded in as well: it is a scale and a
+shift of the normalised states, which hold no parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as functional
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from toolkit.models.packing import Packing, pad_rows, padded_places, real_positions
+
+Tensor = torch.Tensor
+
+
+def only_trained(tokens: Tensor, *layers: nn.Module) -> bool:
+    """Return whether a training step reaches these layers and nothing below, and they are a weight and a bias.
+
+    An adapter on them, or dropout before it, cannot be folded. Evaluation takes the projections too, so that a model
+    and the same model under an untrained adapter agree to the bit.
+    """
+    plain = all(type(layer) in (nn.Linear, Conv1D) for layer in layers)
+    return (
+        plain
+        and torch.is_grad_enabled()
+        and not tokens.requires_grad
+        and any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+    )
+
+
+def attend_absorbed(
+    query: Tensor,
+    tokens: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    norm: nn.LayerNorm | None,
+    packing: Packing,
+    heads: int,
+    dropout: float,
+    scale: float,
+) -> Tensor:
+    """Return softmax attention (B, width) of one query a row over all tokens of its row.
+
+    Args:
+        query: (B, width).
+        tokens: (N, width), hidden states; no gradient flows to them.
+        weights: Projections (in, out) of keys and of values.
+        biases: Their biases (out,).
+        norm: Applied to the tokens before the projections, or None.
+        packing: Where the rows lie.
+        heads: Number of heads.
+        dropout: Probability of dropping an attention weight.
+        scale: Factor on the products of queries and keys.
+    """
+    width = tokens.shape[-1]
+    to_keys, to_values = (weight.view(width, heads, -1) for weight in weights)
+    key_bias, value_bias = (bias.view(heads, -1) for bias in biases)
+    query = query.view(len(query), heads, -1)
+    if norm is not None:
+        tokens = functional.layer_norm(tokens, (width,), eps=norm.eps)
+    states = pad_rows(tokens, padded_places(packing), packing).to(query.dtype)
+    folded = torch.einsum("bhd,whd->bhw", query, to_keys)
+    # The same for every token of a row: softmax takes it out, and its gradient is the rounding error it is elsewhere.
+    constant = torch.einsum("bhd,hd->bh", query, key_bias)
+    if norm is not None:
+        constant = constant + folded @ norm.bias
+        folded = folded * norm.weight
+    scores = scale * (folded @ states.transpose(1, 2) + constant[..., None])
+    scores = scores.masked_fill(~real_positions(packing)[:, None], float("-inf"))
+    # Dropped weights no longer add up to 1, so shifts count by what is left.
+    kept = functional.dropout(scores.softmax(-1), dropout)
+    total = kept.sum(-1, keepdim=True)
+    context = kept @ states
+    if norm is not None:
+        context = context * norm.weight + total * norm.bias
+    return (torch.einsum("bhw,whd->bhd", context, to_values) + total * value_bias).flatten(1)

@@ -1,0 +1,140 @@
+"""A sequence classifier tuned on labelled texts."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+
+from toolkit.adapters.apply import apply_method
+from toolkit.config.schema import Recipe
+from toolkit.data.batching import collate
+from toolkit.data.parts import LoadedData, Part
+from toolkit.data.tokenize import Tokenizer
+from toolkit.evaluation.evaluate import predict_logits
+from toolkit.evaluation.metrics import classification_metrics, validation_metrics
+from toolkit.evaluation.mistakes import Mistake, confident_mistakes
+from toolkit.listener import SILENT, Listener
+from toolkit.memory.prefix import keep_prefixes, prefix_record
+from toolkit.memory.prefix_cache import PrefixCache
+from toolkit.models.base import Base
+from toolkit.models.forward import checkpoint_activations, classify
+from toolkit.models.load import load_classifier
+from toolkit.report.run_record import PrefixCacheRecord
+from toolkit.tasks.task import EVALUATION_BATCH, PARTS, Kind, tokenize_parts, write_artifact
+from toolkit.training.objectives import (
+    ClassificationObjective,
+)
+
+Floats = NDArray[np.float32]
+
+
+class ClassificationTask:
+    """A sequence classifier tuned on labelled texts."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        data: LoadedData,
+        base: Base,
+        tokenizer: Tokenizer,
+        accelerator: Accelerator,
+        listener: Listener = SILENT,
+    ) -> None:
+        assert data.label_map is not None
+        self._recipe, self._base, self._tokenizer, self._accelerator = recipe, base, tokenizer, accelerator
+        self._names = data.label_map.names
+        self._labels = {part: _labels(getattr(data, part)) for part in PARTS}
+        self.tables, self.truncated = tokenize_parts(data, tokenizer, max_length=recipe.model.max_length)
+        model = load_classifier(
+            base,
+            labels=self._names,
+            quantization=recipe.quantization,
+            seed=recipe.training.seed,
+            random_init=recipe.model.random_init,
+            device=accelerator.device,
+        )
+        self.model = apply_method(
+            model, recipe.method, family=base.family, base_name=base.name_or_path, seed=recipe.training.seed
+        )
+        if recipe.training.gradient_checkpointing:
+            checkpoint_activations(self.model)
+        self._caches = keep_prefixes(
+            self.model, self.tables, recipe=recipe, base=base, pad_id=tokenizer.pad_id, accelerator=accelerator,
+            listener=listener,
+        )  # fmt: skip
+        self.prefix_cache: PrefixCacheRecord | None = prefix_record(self._caches)
+        self.objective = ClassificationObjective(
+            self.model,
+            table=self.tables["train"],
+            labels=self._labels["train"],
+            pad_id=tokenizer.pad_id,
+            cache=self._caches.get("train"),
+        )
+        self._test_logits: Floats | None = None
+
+    def validate(self) -> dict[str, float]:
+        """Return loss, accuracy and macro F1 of the validation rows."""
+        with self._accelerator.autocast():
+            logits = self._logits("validation", cache=self._caches.get("validation"))
+        return dict(validation_metrics(logits, self._labels["validation"]))
+
+    def judge(self, part: str) -> dict[str, Any]:
+        """Return every figure of one part, by the whole model."""
+        logits = self._logits(part)
+        if part == "test":
+            self._test_logits = logits
+        return dict(classification_metrics(logits, self._labels[part], names=self._names))
+
+    def mistakes(self) -> list[Mistake]:
+        """Return wrong test predictions, surest first; empty before ``judge("test")``."""
+        return [] if self._test_logits is None else confident_mistakes(self._test_logits, self._labels["test"])
+
+    def _logits(self, part: str, *, cache: PrefixCache | None = None) -> Floats:
+        """Return logits (N, C) of a part; every process computes its share and gets all."""
+        table, processes = self.tables[part], self._accelerator.num_processes
+        share = -(-len(table) // processes)
+        # All processes take equally many rows; the surplus repeats rows from the start.
+        rows = (np.arange(share) * processes + self._accelerator.process_index) % len(table)
+        was_training = self.model.training
+        self.model.eval()
+
+        def batch_of(chosen: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+            if cache is not None:
+                return cache.batch(rows[chosen])
+            return collate(table, None, rows[chosen], pad_id=self._tokenizer.pad_id)
+
+        logits = predict_logits(
+            lambda batch: classify(self.model, batch, blocks=0 if cache is None else cache.blocks),
+            table.lengths[rows],
+            collate=batch_of,
+            device=self._accelerator.device,
+            batch_size=EVALUATION_BATCH,
+        )
+        self.model.train(was_training)
+        if processes == 1:
+            return logits
+        gathered: Any = self._accelerator.gather(torch.from_numpy(logits).to(self._accelerator.device))
+        shares = gathered.cpu().numpy().reshape(processes, share, -1)
+        return np.ascontiguousarray(shares.transpose(1, 0, 2).reshape(share * processes, -1)[: len(table)])
+
+    def save(self, folder: pathlib.Path) -> Kind:
+        """Write what stock peft (lora) or stock transformers (the other methods) load."""
+        kind: Kind = "adapter" if self._recipe.method.name == "lora" else "model"
+        model = self.model
+        if kind == "adapter" and self._recipe.model.random_init:
+            # No base exists that the adapter could be loaded onto.
+            merged: Any = model
+            model, kind = merged.merge_and_unload(), "model"
+        write_artifact(model, folder / kind, kind=kind, recipe=self._recipe, base=self._base, labels=self._names)
+        return kind
+
+
+def _labels(part: Part) -> NDArray[np.int64]:
+    assert part.labels is not None
+    return part.labels

@@ -1,0 +1,107 @@
+"""What every kind of run is to the trainer and the report, and what all kinds share: tokens in, an artifact out."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from typing import Any, Literal, Protocol
+
+from toolkit.adapters.save import save_adapter
+from toolkit.config.schema import Recipe
+from toolkit.data.parts import LoadedData, Part
+from toolkit.data.tokenize import Encoded, Tokenizer
+from toolkit.data.tokens import TokenTable
+from toolkit.evaluation.mistakes import Mistake
+from toolkit.export.artifact import ArtifactFacts, BaseReference, write_manifest
+from toolkit.export.model import copy_tokenizer, save_model
+from toolkit.export.staging import staged_folder
+from toolkit.models.base import Base
+from toolkit.report.run_record import PrefixCacheRecord
+from toolkit.training.objectives import Objective
+
+PARTS = ("train", "validation", "test")
+EVALUATION_BATCH = 32
+
+Kind = Literal["adapter", "model"]
+
+
+class Task(Protocol):
+    """One kind of run, seen by the trainer and the report.
+
+    Attributes:
+        model: The model with its method applied.
+        tables: Token ids by part.
+        truncated: Texts cut to ``max_length``.
+        prefix_cache: What was kept of the frozen first blocks, or None.
+    """
+
+    model: Any
+    tables: dict[str, TokenTable]
+    truncated: int
+    prefix_cache: PrefixCacheRecord | None
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+
+    def validate(self) -> dict[str, float]:
+        """Return the cheap validation metrics, in the precision of training."""
+
+    def judge(self, part: str) -> dict[str, Any]:
+        """Return every figure of one part, in the precision of the saved file."""
+
+    def mistakes(self) -> list[Mistake]:
+        """Return wrong test predictions, surest first."""
+
+    def save(self, folder: pathlib.Path) -> Kind:
+        """Write ``adapter`` or ``model`` into the run folder and return that name."""
+
+
+def tokenize_parts(data: LoadedData, tokenizer: Tokenizer, *, max_length: int) -> tuple[dict[str, TokenTable], int]:
+    """Return the token table of every part, and how many texts were cut to ``max_length``."""
+    encoded = {name: _encode(part, tokenizer, max_length=max_length) for name, part in data.parts.items()}
+    for name, part in encoded.items():
+        if warning := part.warning(part=name, max_length=max_length):
+            data.warnings.append(warning)
+    return {name: part.table for name, part in encoded.items()}, sum(part.truncated for part in encoded.values())
+
+
+def _encode(part: Part, tokenizer: Tokenizer, *, max_length: int) -> Encoded:
+    if part.token_ids is not None:
+        return tokenizer.adopt(part.token_ids, max_length=max_length, where="token ids")
+    assert part.texts is not None
+    return tokenizer.encode_cached(part.texts, max_length=max_length)
+
+
+def write_artifact(
+    model: Any, folder: pathlib.Path, *, kind: Kind, recipe: Recipe, base: Base, labels: tuple[str, ...]
+) -> None:
+    """Write an adapter or model folder with its tokenizer and manifest, in the place of an older one.
+
+    Raises:
+        OutputError: If the disk lacks the space.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    max_length = recipe.model.max_length
+    with staged_folder(folder) as staging:
+        if kind == "adapter":
+            save_adapter(model, staging)
+            copy_tokenizer(base.path, staging, model_type=base.family.model_type, max_length=max_length)
+        else:
+            save_model(model, staging, tokenizer_from=base.path, max_length=max_length)
+        write_manifest(staging, artifact_facts(recipe, base=base, kind=kind, labels=labels))
+
+
+def artifact_facts(recipe: Recipe, *, base: Base, kind: Kind, labels: tuple[str, ...]) -> ArtifactFacts:
+    """Return what an artifact's manifest says beside its files."""
+    return ArtifactFacts(
+        kind=kind,
+        base=BaseReference(
+            requested=base.requested, used=base.used, name_or_path=base.name_or_path, fingerprint=base.fingerprint
+        ),
+        method=recipe.method.model_dump(mode="json"),
+        quantization=None if recipe.quantization is None else recipe.quantization.model_dump(mode="json"),
+        labels=list(labels),
+        max_length=recipe.model.max_length,
+        model_type=base.family.model_type,
+    )
