@@ -1,9 +1,9 @@
 """What the benchmarks share: full-size models with random weights, texts of known lengths, and the peer's training run.
 
-The peer is the Trainer of transformers, with peft where adapters train. "defaults": batches of 8 in random order, padded
-to their longest row (the Trainer's own collator). "tuned": as a user would who has read all of its documentation: batches
-of like length, the fused optimizer (its default), and the fastest of the batch sizes 8, 16 and 32. Dropout is 0 on both
-sides, so that neither pays for random numbers.
+The peer is the Trainer of transformers, with peft where adapters train. "defaults": batches of 8 in random order, each
+padded to its longest row (the Trainer's own collator). "tuned": as by a user who has read all of its documentation:
+batches of like length, the fused optimizer (its default), and the fastest of the batch sizes 8, 16 and 32. Dropout is 0
+on both sides, so that neither pays for random numbers.
 """
 
 from __future__ import annotations
@@ -137,6 +137,19 @@ def peak_gflops() -> float:
             a @ b
             best = max(best, 2 * rows * inner * columns / (time.perf_counter() - started) / 1e9)
     return best
+
+
+def needed_flops(family: str, method: str, tokens: int) -> float:
+    """Return the multiplications and additions in linear layers that an epoch cannot do without.
+
+    A block is 12 squares of the width (attention 4, MLP 8). Of the last one, only keys and values (2) see every token.
+    Backwards, a frozen weight costs one product (the gradient of its input), a trained one two; below the first adapter
+    there is none (query, key and value of the first block, 3 squares). Attention and adapters are left out.
+    """
+    blocks, square = (12 if family == "gpt2" else 6), 768**2
+    forward = 12 * (blocks - 1) + 2
+    backward = forward - 3 if method == "lora" else 2 * forward
+    return 2.0 * square * (forward + backward) * tokens
 
 
 def spread(ratios: list[float]) -> dict[str, float]:

@@ -107,16 +107,14 @@ def compare(name: str, rounds: int) -> None:
         peaks = []
         for number in range(rounds):
             peaks.append(peers.peak_gflops())
-            # Every other round runs backwards; the arm that finds states keeps its place behind the one that leaves them.
+            # Every other round runs backwards; but an arm that finds states stays behind the one that leaves them.
             order = list(arms) if number % 2 == 0 or whole else list(reversed(arms))
             for arm in order:
                 steps, everything = arms[arm]()
                 seconds[arm].append(round(everything if whole else steps, 3))
                 print(f"{name} round {number + 1} {arm}: {seconds[arm][-1]:.2f} s", flush=True)
     defaults, best, *ours = list(seconds)
-    # Forward and, for what trains, two products backwards; for adapters one, the weights being frozen.
     real = sum(map(len, bench.texts))
-    blocks = 12 if case["family"] == "gpt2" else 6
     record: dict[str, Any] = {
         "case": {**case, "real_tokens_an_epoch": real, "timed": "end to end" if whole else "steps"},
         "seconds": seconds,
@@ -125,9 +123,9 @@ def compare(name: str, rounds: int) -> None:
         "ratio_to_tuned": {arm: peers.ratios(seconds[best], seconds[arm]) for arm in ours},
     }
     if not whole:
-        flops = {"lora": 4, "full": 6}[case["method"]] * 12 * blocks * 768**2 * real
+        needed = peers.needed_flops(case["family"], case["method"], real) / 1e9
         record["share_of_peak"] = {
-            arm: peers.spread([flops / s / p / 1e9 for s, p in zip(seconds[arm], peaks, strict=True)])
+            arm: peers.spread([needed / second / peak for second, peak in zip(seconds[arm], peaks, strict=True)])
             for arm in seconds
         }
     peers.write(f"training_{name}", record)

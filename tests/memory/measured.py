@@ -13,6 +13,7 @@ from toolkit.adapters.apply import apply_method
 from toolkit.config.schema import Recipe
 from toolkit.data.tokens import TokenTable
 from toolkit.families import FAMILIES
+from toolkit.memory.prefix_cache import DTYPES, PrefixCache
 from toolkit.models.forward import CLASSIFIERS, checkpoint_activations
 from toolkit.training.objectives import ClassificationObjective
 from toolkit.training.optim import build_optimizer
@@ -59,18 +60,27 @@ def build_model(config: dict[str, Any], recipe: Recipe) -> torch.nn.Module:
     return model
 
 
-def measure(config: dict[str, Any], recipe: Recipe, lengths: list[int]) -> Measured:
-    """Take two optimizer steps on one batch of these lengths and measure the second, when Adam's state exists."""
+def measure(config: dict[str, Any], recipe: Recipe, lengths: list[int], *, kept: int = 0) -> Measured:
+    """Take two optimizer steps on one batch of these lengths and measure the second, when Adam's state exists.
+
+    With ``kept``, the states of so many blocks are drawn at random instead of computed.
+    """
     model = build_model(config, recipe)
     table = TokenTable.from_lengths(
         np.random.default_rng(0).integers(5, config["vocab_size"], sum(lengths)).astype(np.int32),
         np.array(lengths, dtype=np.int64),
     )
     labels = np.arange(len(lengths), dtype=np.int64) % 2
-    objective = ClassificationObjective(model, table=table, labels=labels, pad_id=0)
+    cache = None
+    if kept:
+        pooled = kept == 3
+        shape = (len(lengths) if pooled else sum(lengths), 64)
+        states = np.random.default_rng(0).standard_normal(shape).astype(DTYPES[recipe.training.prefix_cache.dtype])
+        cache = PrefixCache(states, table, kept, pooled, 0.0)
+    objective = ClassificationObjective(model, table=table, labels=labels, pad_id=0, cache=cache)
     optimizer = build_optimizer(model, recipe.training, embeddings=FAMILIES[config["model_type"]].embeddings)
     trained = [p for p in model.parameters() if p.requires_grad]
-    model.train()
+    objective.train()
     micro_batches = [np.arange(len(lengths))] * recipe.training.gradient_accumulation_steps
 
     def forward(rows: np.ndarray) -> torch.Tensor:

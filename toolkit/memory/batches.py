@@ -45,6 +45,13 @@ def largest_evaluation_batch(
     return _distinct([np.sort(lengths)[::-1][:batch_size]], target_share=target_share, classes=classes)
 
 
+def largest_prefix_batch(lengths: Lengths, *, max_tokens: int) -> list[MicroBatch]:
+    """Return the longest rows that one pass over the frozen blocks takes together."""
+    longest = np.sort(lengths)[::-1]
+    rows = max(1, min(len(longest), max_tokens // int(longest[0])))
+    return _distinct([longest[:rows]], target_share=0.0, classes=0)
+
+
 def _epochs(lengths: Lengths, training: TrainingSettings) -> Iterator[tuple[Lengths, Lengths]]:
     """Yield, for each epoch, the rows in the order they are seen and where the micro-batches begin."""
     if training.max_tokens_per_batch is not None:

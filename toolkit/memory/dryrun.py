@@ -24,8 +24,8 @@ class DryRun:
     def forward(self) -> Value:
         """Run embeddings, blocks and head; return the loss."""
         tape = self.tape
-        hidden = self._embed()
-        for index in range(self.shape.layers):
+        hidden = self._states() if self.setting.kept else self._embed()
+        for index in range(self.setting.kept, self.shape.layers):
             tape.moment = f"block {index + 1} of {self.shape.layers}"
 
             def section(value: Value, index: int = index) -> Value:
@@ -53,20 +53,35 @@ class DryRun:
             hidden = self.layers.then(hidden, self.layers.norm(hidden, trained=trained))
         return self.layers.dropout(hidden, shape.dropout[1])
 
+    def _states(self) -> Value:
+        """Read what the frozen blocks left, and widen it to float32."""
+        tape, shape, batch = self.tape, self.shape, self.batch
+        tape.moment = tape.part = "states"
+        elements = (batch.rows if self.setting.kept == shape.layers else batch.tokens) * shape.width
+        if self.setting.kept_bytes < FULL:
+            tape.take(elements * self.setting.kept_bytes, "batch")
+        return tape.record(elements * FULL, ())
+
     def _block(self, hidden: Value, index: int) -> Value:
         trained = self.setting.training and index >= self.shape.first_trained
+        self.layers.adapted = index >= self.shape.first_adapted
         last = self.pools_last and index == self.shape.layers - 1
         return (gpt2_block if self.gpt2 else distilbert_block)(self.layers, hidden, trained=trained, last=last)
 
     def _head(self, hidden: Value) -> Value:
-        tape, shape, batch = self.tape, self.shape, self.batch
+        tape, shape = self.tape, self.shape
         tape.part = "head"
+        if self.setting.kept == shape.layers:
+            return self._classify(hidden)
         if shape.family.final_norm:
             trained = self.setting.training and shape.norm_trains
             hidden = self.layers.then(hidden, self.layers.norm(hidden, trained=trained))
         if shape.objective == "language_modeling":
             return self._token_loss(hidden)
-        hidden = self.layers.then(hidden, self.layers.pool(hidden))
+        return self._classify(self.layers.then(hidden, self.layers.pool(hidden)))
+
+    def _classify(self, hidden: Value) -> Value:
+        tape, shape, batch = self.tape, self.shape, self.batch
         size = batch.rows * shape.labels * FULL
         own = (shape.head * FULL,) if self.setting.training else ()
         tape.part = "logits"

@@ -9,6 +9,7 @@ from toolkit.config.schema import QuantizationSettings, TrainingSettings
 from toolkit.memory.dryrun import DryRun
 from toolkit.memory.layers import FULL
 from toolkit.memory.microbatch import MicroBatch, Setting
+from toolkit.memory.prefix_rule import BYTES
 from toolkit.memory.shape import ModelShape
 from toolkit.memory.tape import Tape
 
@@ -71,6 +72,7 @@ def estimate(
     quantization: QuantizationSettings | None,
     device: str,
     low_precision: bool,
+    prefix: Iterable[MicroBatch] = (),
 ) -> Estimate:
     """Return the largest peak over training steps and evaluations in training.
 
@@ -82,11 +84,16 @@ def estimate(
         quantization: How frozen weights are stored.
         device: ``cpu`` or ``cuda``.
         low_precision: Whether the step runs under bf16 or fp16 autocast.
+        prefix: The largest batch of the pass over the frozen blocks, if their states are kept.
     """
     found = []
+    prefix = list(prefix)
     bits = None if quantization is None else quantization.bits
     accumulating = training.gradient_accumulation_steps > 1
-    for batch, learns in [(batch, True) for batch in batches] + [(batch, False) for batch in evaluation]:
+    kept = shape.frozen if prefix else 0
+    passes = [("training", batch, kept) for batch in batches] + [("evaluation", batch, kept) for batch in evaluation]
+    for name, batch, below in passes + [("frozen blocks", batch, 0) for batch in prefix]:
+        learns = name == "training"
         tape = Tape(accumulating=accumulating)
         for part, size in resident(shape, training=training, quantization=quantization, device=device).items():
             tape.take(size, part)
@@ -98,11 +105,13 @@ def estimate(
             checkpointing=training.gradient_checkpointing,
             bits=bits,
             training=learns,
+            kept=below,
+            kept_bytes=BYTES[training.prefix_cache.dtype],
         )
         loss = DryRun(shape, batch, setting=setting, tape=tape).forward()
         if learns:
             tape.backward(loss)
-        moment = f"training, {tape.peak_moment}" if learns else f"evaluation, {tape.peak_moment}"
+        moment = f"{name}, {tape.peak_moment}"
         found.append(Estimate(_breakdown(tape, device), moment, batch.tokens, batch.rows))
     return max(found, key=lambda one: one.peak_bytes)
 

@@ -14,6 +14,7 @@ class Layers:
 
     def __init__(self, shape: ModelShape, batch: MicroBatch, *, setting: Setting, tape: Tape) -> None:
         self.shape, self.batch, self.setting, self.tape = shape, batch, setting, tape
+        self.adapted = True
         self.low = 2 if setting.low_precision else FULL
         # PyTorch keeps a float mask on the CPU and a byte mask on CUDA.
         self.mask_bytes = 1 if setting.device == "cuda" else FULL
@@ -107,6 +108,25 @@ class Layers:
             return kept
         return self.then(kept, tape.record(batch.tokens * row, (kept,), extra=batch.tokens * 8))
 
+    def absorbs(self, hidden: Value, *, trained: bool) -> bool:
+        """Return whether the last block's keys and values are never formed (``models.absorbed.only_trained``)."""
+        return trained and not hidden.needs_grad
+
+    def attend_absorbed(self, rows: Value, *, normed: bool) -> Value:
+        """Attend with one query a row on padded hidden states; query, key and value layers train."""
+        tape, batch, width = self.tape, self.batch, self.shape.width * FULL
+        heads, places = self.shape.heads, batch.rows * batch.longest
+        folded, scores = batch.rows * heads * width, places * heads * FULL
+        own = (3 * self.shape.width * width, 3 * width)
+        query = tape.record(rows.size, (rows,), saves=(rows,), parameters=own)
+        # Kept: padded states, the query folded into the keys' weights (before and behind the norm's scale), the
+        # weighted states (the same), and the weights behind softmax and dropout.
+        kept = places * width + (4 if normed else 2) * folded + 2 * scores
+        workspace = batch.tokens * width * normed + scores
+        context = tape.record(rows.size, (query,), extra=kept, workspace=workspace)
+        tape.free(query)
+        return context
+
     def pool(self, hidden: Value) -> Value:
         """Take the one token of each row that it is classified by."""
         size = self.batch.rows * self.shape.width * FULL
@@ -138,7 +158,7 @@ class Layers:
             result = tape.record(size, (source,), saves=saves, extra=cast + copy, parameters=own)
         else:
             result = tape.record(size, (source,), extra=cast)
-        return self._adapted(source, result, layer, rows=rows) if layer.rank else result
+        return self._adapted(source, result, layer, rows=rows) if layer.rank and self.adapted else result
 
     def _rows(self, source: Value, layer: Linear) -> int:
         full = self.batch.tokens * layer.fan_in

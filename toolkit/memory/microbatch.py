@@ -57,6 +57,8 @@ class Setting:
         checkpointing: Recompute each block in the backward pass.
         bits: 4, 8, or None for full-precision frozen weights.
         training: False runs without gradients and dropout.
+        kept: Blocks whose states are read instead of computed.
+        kept_bytes: Bytes of an element of these states.
     """
 
     device: str = "cpu"
@@ -64,3 +66,5 @@ class Setting:
     checkpointing: bool = False
     bits: int | None = None
     training: bool = True
+    kept: int = 0
+    kept_bytes: int = 2

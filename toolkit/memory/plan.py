@@ -13,11 +13,13 @@ from toolkit.config.load import dump_recipe
 from toolkit.config.schema import Recipe
 from toolkit.durable import write_file_atomically
 from toolkit.errors import OutputError, Problem
-from toolkit.memory.batches import largest_evaluation_batch, largest_micro_batches
+from toolkit.memory.batches import largest_evaluation_batch, largest_micro_batches, largest_prefix_batch
 from toolkit.memory.candidates import alternatives, candidates, losses, slowness, with_training
 from toolkit.memory.estimate import Estimate, estimate
-from toolkit.memory.inputs import Inputs, choose_device, parse_bytes, read_sizes
-from toolkit.memory.shape import model_shape
+from toolkit.memory.inputs import Inputs, Lengths, choose_device, parse_bytes, read_sizes
+from toolkit.memory.microbatch import MicroBatch
+from toolkit.memory.prefix_rule import BATCH_TOKENS, state_bytes, worth_keeping
+from toolkit.memory.shape import ModelShape, model_shape
 
 EVALUATION_BATCH = 32
 
@@ -130,8 +132,9 @@ class _Planner:
         vocabulary = int(inputs.base.config["vocab_size"])
         classes = min(recipe.language_modeling.target_tokens or vocabulary, vocabulary) if spoken else 0
         train, validation = (np.minimum(lengths, longest) for lengths in (inputs.train, inputs.validation))
+        shape = model_shape(inputs.base.config, recipe, labels=inputs.labels)
         return estimate(
-            model_shape(inputs.base.config, recipe, labels=inputs.labels),
+            shape,
             batches=largest_micro_batches(train, recipe.training, target_share=share, classes=classes),
             evaluation=largest_evaluation_batch(
                 validation, batch_size=EVALUATION_BATCH, target_share=share, classes=classes
@@ -141,7 +144,20 @@ class _Planner:
             device=self._device,
             low_precision=recipe.training.precision in ("bf16", "fp16")
             or (recipe.training.precision == "auto" and self._device == "cuda"),
+            prefix=self._prefix(recipe, shape, train),
         )
+
+    def _prefix(self, recipe: Recipe, shape: ModelShape, lengths: Lengths) -> list[MicroBatch]:
+        """Return the largest pass over frozen blocks whose states are kept."""
+        if not worth_keeping(recipe, blocks=shape.frozen, rows=len(lengths)):
+            return []
+        settings, pooled = recipe.training.prefix_cache, shape.frozen == shape.layers
+        size = state_bytes(
+            tokens=int(lengths.sum()), rows=len(lengths), width=shape.width, dtype=settings.dtype, pooled=pooled
+        )
+        if size > settings.max_gib * 2**30:
+            return []
+        return largest_prefix_batch(lengths, max_tokens=BATCH_TOKENS[self._device])
 
     def _changes(self, recipe: Recipe, chosen: Recipe) -> Iterator[Change]:
         """Yield the differences one after another, each with what it saves on top of those before it."""

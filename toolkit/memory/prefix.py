@@ -16,11 +16,11 @@ from toolkit.memory.prefix_cache import (
     PrefixCache,
     PrefixOverflowError,
     build_prefix_cache,
-    cache_bytes,
     lacks_room,
     prefix_key,
     table_sha256,
 )
+from toolkit.memory.prefix_rule import state_bytes, worth_keeping
 from toolkit.models.base import Base
 from toolkit.models.flat import prefix_states, runs_flat
 from toolkit.models.forward import frozen_blocks, unwrapped
@@ -43,7 +43,7 @@ def keep_prefixes(
     """
     settings, blocks, core = recipe.training.prefix_cache, frozen_blocks(model), unwrapped(model)
     parts = {name: tables[name] for name in ("train", "validation") if len(tables[name])}
-    if not settings.enabled or blocks == 0 or not runs_flat(core) or not _repeats(recipe, len(tables["train"])):
+    if not worth_keeping(recipe, blocks=blocks, rows=len(tables["train"])) or not runs_flat(core):
         return {}
     width, layers = base.config[base.family.width_key], base.config[base.family.layers_key]
     pooled = blocks == layers
@@ -58,7 +58,10 @@ def keep_prefixes(
         "dtype": settings.dtype,
     }
     keys = {name: prefix_key(**facts, table=table_sha256(table)) for name, table in parts.items()}
-    needed = sum(cache_bytes(t, width=width, dtype=settings.dtype, pooled=pooled) for t in parts.values())
+    needed = sum(
+        state_bytes(tokens=len(table.ids), rows=len(table), width=width, dtype=settings.dtype, pooled=pooled)
+        for table in parts.values()
+    )
     reason = lacks_room(needed, limit=int(settings.max_gib * 2**30), keep=set(keys.values()))
     if reason is not None:
         listener.say(f"warning: frozen blocks run in every epoch: {reason}")
@@ -109,13 +112,6 @@ def prefix_record(caches: Mapping[str, PrefixCache]) -> PrefixCacheRecord | None
         "bytes": sum(cache.nbytes for cache in caches.values()),
         "seconds": round(sum(cache.seconds for cache in caches.values()), 3),
     }
-
-
-def _repeats(recipe: Recipe, rows: int) -> bool:
-    training = recipe.training
-    if training.epochs is not None:
-        return training.epochs > 1
-    return (training.max_steps or 0) * training.batch_size * training.gradient_accumulation_steps > rows
 
 
 def _with_cache(recipe: Recipe, settings: PrefixCacheSettings) -> Recipe:

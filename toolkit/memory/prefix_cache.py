@@ -26,11 +26,10 @@ from toolkit.data.batching import collate
 from toolkit.data.cache import cache_folder
 from toolkit.data.tokens import TokenTable
 from toolkit.evaluation.evaluate import length_sorted_batches
+from toolkit.memory.prefix_rule import BATCH_TOKENS
 
 FORMAT = 1
 CHUNK_TOKENS = 16_384
-# Tokens of one forward pass: as fast as any on two CPU cores, and 50 MiB of activations at GPT-2's width.
-BATCH_TOKENS = {"cpu": 2_048, "cuda": 16_384}
 DTYPES: dict[str, Any] = {"fp16": np.float16, "fp32": np.float32}
 # How much of a GPU's free memory a cache may take to stay there.
 DEVICE_SHARE = 0.3
@@ -92,11 +91,6 @@ class PrefixCache:
             return self
         states = torch.from_numpy(np.asarray(self.states)).to(device)
         return PrefixCache(states, self.table, self.blocks, self.pooled, self.seconds)
-
-
-def cache_bytes(table: TokenTable, *, width: int, dtype: str, pooled: bool) -> int:
-    """Return the size of a cache: 2 or 4 bytes for each element of a state, a state for each token or row."""
-    return (len(table) if pooled else len(table.ids)) * width * int(np.dtype(DTYPES[dtype]).itemsize)
 
 
 def prefix_key(**facts: object) -> str:

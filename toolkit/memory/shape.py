@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from toolkit.adapters.freeze import trained_prefixes
-from toolkit.adapters.methods import target_modules
+from toolkit.adapters.methods import adapted_blocks, target_modules
 from toolkit.config.schema import LoraMethod, Recipe
 from toolkit.families import FAMILIES, Family
 
@@ -63,6 +63,7 @@ class ModelShape:
         activation: ``python`` where transformers' own gelu_new runs, or ``fused``.
         linears: Layers of one block, in the order they run.
         first_trained: First block whose own weights train; ``layers`` if none does.
+        first_adapted: First block with adapters; ``layers`` if none has.
         embeddings_train: Whether the embeddings train.
         norm_trains: Whether the norm behind the last block trains.
     """
@@ -81,6 +82,7 @@ class ModelShape:
     activation: Literal["python", "fused"]
     linears: tuple[Linear, ...]
     first_trained: int
+    first_adapted: int
     embeddings_train: bool
     norm_trains: bool
 
@@ -112,7 +114,15 @@ class ModelShape:
     @property
     def adapters(self) -> int:
         """Elements of all adapters: A is (r, in), B is (out, r) (Hu et al. 2021)."""
-        return self.layers * sum(linear.rank * (linear.fan_in + linear.fan_out) for linear in self.linears)
+        adapted = self.layers - self.first_adapted
+        return adapted * sum(linear.rank * (linear.fan_in + linear.fan_out) for linear in self.linears)
+
+    @property
+    def frozen(self) -> int:
+        """Blocks, from the first, that no gradient reaches."""
+        if self.embeddings_train or self.objective != "classification":
+            return 0
+        return min(self.first_trained, self.first_adapted, self.layers - self.norm_trains)
 
     @property
     def block_weights(self) -> int:
@@ -172,6 +182,7 @@ def model_shape(config: Mapping[str, Any], recipe: Recipe, *, labels: int) -> Mo
         activation="python" if named == "gelu_new" and not fuses else "fused",
         linears=_linears(family, width=width, inner=inner, lora=lora),
         first_trained=layers,
+        first_adapted=min(adapted_blocks(lora, blocks=layers)) if lora else layers,
         embeddings_train=False,
         norm_trains=False,
     )

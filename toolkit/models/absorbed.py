@@ -15,7 +15,7 @@ import torch.nn.functional as functional
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from toolkit.models.packing import Packing, pad_rows, padded_places, real_positions
+from toolkit.models.packing import Packing, padded_places, real_positions
 
 Tensor = torch.Tensor
 
@@ -66,7 +66,11 @@ def attend_absorbed(
     query = query.view(len(query), heads, -1)
     if norm is not None:
         tokens = functional.layer_norm(tokens, (width,), eps=norm.eps)
-    states = pad_rows(tokens, padded_places(packing), packing).to(query.dtype)
+    states = tokens.new_zeros(len(query) * packing.longest, width)
+    # In place: no gradient flows here, and a copy would be the largest tensor of the step.
+    states.index_copy_(0, padded_places(packing), tokens)
+    states = states.view(len(query), packing.longest, width).to(query.dtype)
+    del tokens
     folded = torch.einsum("bhd,whd->bhw", query, to_keys)
     # The same for every token of a row: softmax takes it out, and its gradient is the rounding error it is elsewhere.
     constant = torch.einsum("bhd,hd->bh", query, key_bias)
