@@ -113,6 +113,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     from toolkit.adapters.apply import parameter_report
     from toolkit.outcome import build_record, environment, error_examples, write_reports
     from toolkit.tasks import build_task
+    from toolkit.training.gemm import choose_gemm
     from toolkit.training.optim import build_optimizer
     from toolkit.training.plan import build_plan
     from toolkit.training.run_log import RunLog
@@ -122,6 +123,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     settings = recipe.training
     device = runtime.choose_device()
     precision = runtime.choose_precision(settings.precision, device)
+    gemm = choose_gemm(settings.gemm, device)
     accelerator = runtime.build_accelerator(
         device=device, precision=precision, tracker=recipe.output.tracker, logging_dir=folder.path
     )
@@ -131,12 +133,14 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
 
     # Tokens, model, method, objective.
     tokenizer = load_tokenizer(base.path, kind=base.family.tokenizer)
-    task = build_task(recipe, data=data, base=base, tokenizer=tokenizer, accelerator=accelerator, listener=listener)
+    task = build_task(
+        recipe, data=data, base=base, tokenizer=tokenizer, accelerator=accelerator, gemm=gemm, listener=listener
+    )
     parameters = parameter_report(task.model)
     plan = build_plan(settings, lengths=task.tables["train"].lengths, processes=accelerator.num_processes)
     for line in describe_training(parameters, plan, task.tables["train"].lengths.mean(), task.truncated):
         listener.say(line)
-    listener.say(f"machine: {device}, {precision}, {accelerator.num_processes} process(es)")
+    listener.say(f"machine: {device}, {precision}, {accelerator.num_processes} process(es), matrix products: {gemm}")
 
     # Training.
     check_space(folder.path, needed=disk_estimate(parameters, settings=recipe.output, folder=folder))
@@ -180,7 +184,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
         metrics=metrics,
         memory={"peak_bytes": peak_bytes, "kind": measured},
         prefix_cache=task.prefix_cache,
-        environment=environment(device, precision=precision, processes=accelerator.num_processes),
+        environment=environment(device, precision=precision, processes=accelerator.num_processes, gemm=gemm),
     )
     write_reports(record, recipe=recipe, folder=folder, mistakes=error_examples(task.mistakes(), data))
     accelerator.wait_for_everyone()

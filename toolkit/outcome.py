@@ -111,6 +111,6 @@ def error_examples(mistakes: list[Mistake], data: LoadedData) -> list[ErrorExamp
     ]
 
 
-def environment(device: Any, *, precision: str, processes: int) -> dict[str, Any]:
+def environment(device: Any, *, precision: str, processes: int, gemm: str) -> dict[str, Any]:
     """Return the machine's facts and how it was used."""
-    return {**runtime.environment(device), "precision": precision, "processes": processes}
+    return {**runtime.environment(device), "precision": precision, "processes": processes, "gemm": gemm}

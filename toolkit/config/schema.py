@@ -171,6 +171,10 @@ class TrainingSettings(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute each block in the backward pass: less memory, about 30 % more time."
     )
+    gemm: Literal["auto", "default", "onednn"] = Field(
+        default="auto",
+        description="Library of fp32 matrix products on a CPU: torch's default, oneDNN, or the one measured faster.",
+    )
     prefix_cache: PrefixCacheSettings = Field(
         default_factory=PrefixCacheSettings, description="Used where the first blocks are frozen."
     )

@@ -89,14 +89,17 @@ class Classifier:
         # Everything above answers without torch.
         from toolkit.adapters.save import load_adapter
         from toolkit.models.load import load_classifier
+        from toolkit.training.gemm import choose_gemm, use_gemm
 
         check_settings(artifact, base.family)
         target = choose_device(device)
         model = load_classifier(
             base, labels=tuple(manifest.labels), quantization=_quantization(artifact), seed=0, device=target
         )
+        trained = load_adapter(model, artifact.folder) if artifact.kind == "adapter" else model
+        use_gemm(trained, choose_gemm("auto", target))
         return cls(
-            load_adapter(model, artifact.folder) if artifact.kind == "adapter" else model,
+            trained,
             load_tokenizer(base.path, kind=base.family.tokenizer),
             labels=manifest.labels,
             max_length=manifest.max_length,

@@ -14,6 +14,7 @@ from toolkit.models.base import Base
 from toolkit.tasks.classification import ClassificationTask
 from toolkit.tasks.language_modeling import LanguageModelingTask
 from toolkit.tasks.task import Kind, Task
+from toolkit.training.gemm import Gemm
 
 __all__ = ["Kind", "Task", "build_task"]
 
@@ -25,6 +26,7 @@ def build_task(
     base: Base,
     tokenizer: Tokenizer,
     accelerator: Accelerator,
+    gemm: Gemm = "default",
     listener: Listener = SILENT,
 ) -> Task:
     """Return the task of the recipe's objective; the listener hears how long preparations go."""
@@ -33,5 +35,5 @@ def build_task(
         "language_modeling": LanguageModelingTask,
     }
     return tasks[recipe.objective](
-        recipe, data=data, base=base, tokenizer=tokenizer, accelerator=accelerator, listener=listener
+        recipe, data=data, base=base, tokenizer=tokenizer, accelerator=accelerator, gemm=gemm, listener=listener
     )

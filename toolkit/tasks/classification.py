@@ -26,6 +26,7 @@ from toolkit.models.forward import checkpoint_activations, classify
 from toolkit.models.load import load_classifier
 from toolkit.report.run_record import PrefixCacheRecord
 from toolkit.tasks.task import EVALUATION_BATCH, PARTS, Kind, tokenize_parts, write_artifact
+from toolkit.training.gemm import Gemm, use_gemm
 from toolkit.training.objectives import (
     ClassificationObjective,
 )
@@ -44,6 +45,7 @@ class ClassificationTask:
         base: Base,
         tokenizer: Tokenizer,
         accelerator: Accelerator,
+        gemm: Gemm = "default",
         listener: Listener = SILENT,
     ) -> None:
         assert data.label_map is not None
@@ -62,6 +64,7 @@ class ClassificationTask:
         self.model = apply_method(
             model, recipe.method, family=base.family, base_name=base.name_or_path, seed=recipe.training.seed
         )
+        use_gemm(self.model, gemm)
         if recipe.training.gradient_checkpointing:
             checkpoint_activations(self.model)
         self._caches = keep_prefixes(

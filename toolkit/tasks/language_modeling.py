@@ -21,6 +21,7 @@ from toolkit.models.head_start import scale_to_width, start_from_encoder, start_
 from toolkit.models.load import load_language_model
 from toolkit.report.run_record import PrefixCacheRecord
 from toolkit.tasks.task import EVALUATION_BATCH, Kind, tokenize_parts, write_artifact
+from toolkit.training.gemm import Gemm, use_gemm
 from toolkit.training.objectives import (
     LanguageModelingObjective,
     frequent_tokens,
@@ -44,6 +45,7 @@ class LanguageModelingTask:
         base: Base,
         tokenizer: Tokenizer,
         accelerator: Accelerator,
+        gemm: Gemm = "default",
         listener: Listener = SILENT,
     ) -> None:
         self._recipe, self._base, self._accelerator = recipe, base, accelerator
@@ -63,6 +65,7 @@ class LanguageModelingTask:
         )
         if recipe.model.random_init:
             self._start(recipe.model.embeddings_from)
+        use_gemm(self.model, gemm)
         if recipe.training.gradient_checkpointing:
             checkpoint_activations(self.model)
         self._tokenizer = tokenizer

@@ -1,0 +1,102 @@
+"""oneDNN against torch's default product: the same numbers to rounding, in every layer and gradient."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as functional
+from pico import BaseOf, PicoFolder, base_of, pico_cache
+
+from toolkit.adapters.apply import apply_method
+from toolkit.config.schema import FullMethod, LastNMethod, LoraMethod
+from toolkit.models.forward import classify
+from toolkit.models.load import load_classifier
+from toolkit.training import gemm
+
+__all__ = ["base_of", "pico_cache"]
+
+CPU = torch.device("cpu")
+needs_onednn = pytest.mark.skipif(not gemm._works(), reason="this build of torch lacks oneDNN's linear layer")
+METHODS = {
+    "full": FullMethod(name="full"),
+    "last_n": LastNMethod(name="last_n"),
+    "lora": LoraMethod(r=4, target_modules="all-linear", lora_dropout=0.0),
+}
+
+
+def gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    logits = classify(model, batch)
+    functional.cross_entropy(logits, torch.arange(len(logits)) % 2).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), **found}
+
+
+@needs_onednn
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+def test_both_libraries_give_the_same_logits_and_gradients(
+    pico_cache: PicoFolder, base_of: BaseOf, family: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gemm, "NARROWEST", 8)
+    base = base_of(pico_cache(family))
+    model: Any = load_classifier(base, labels=("a", "b"), quantization=None, seed=1, device=CPU)
+    model = apply_method(model, METHODS[method], family=base.family, base_name="x", seed=2).eval()
+    ids = torch.randint(5, 60, (4, 12), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(12) < torch.tensor([[12], [3], [7], [1]])).long()
+    batch = {"input_ids": ids, "attention_mask": mask}
+    expected = gradients(model, batch)
+    calls: list[int] = []
+    product = gemm._product
+    monkeypatch.setattr(gemm, "_product", lambda *arguments: calls.append(1) or product(*arguments))
+    gemm.use_gemm(model, "onednn")
+    found = gradients(model, batch)
+    assert calls
+    assert found.keys() == expected.keys()
+    largest = max(float(tensor.abs().max()) for tensor in expected.values())
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6 * largest, msg=name)
+    calls.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        classify(model, batch)
+    gemm.use_gemm(model, "default")
+    again = gradients(model, batch)
+    assert not calls
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(0.8, "default"), (1.1, "default"), (2.0, "onednn")])
+@needs_onednn
+def test_the_faster_one_is_chosen_once_for_a_machine(
+    gain: float, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gemm, "measured_gain", lambda: gain)
+    assert gemm.choose_gemm("auto", CPU) == chosen
+    monkeypatch.setattr(gemm, "measured_gain", lambda: 1 / gain)
+    assert gemm.choose_gemm("auto", CPU) == chosen
+    assert list(json.loads((tmp_path / "cache" / "gemm.json").read_text()).values()) == [chosen]
+    assert gemm.choose_gemm("onednn", CPU) == "onednn"
+    assert gemm.choose_gemm("auto", torch.device("meta")) == "default"
+
+
+def test_a_damaged_answer_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(gemm, "measured_gain", lambda: 0.5)
+    for damage in ("{", "[1]", '{"x": 3}'):
+        (tmp_path / "gemm.json").write_text(damage)
+        assert gemm.choose_gemm("auto", CPU) == "default"
+
+
+@needs_onednn
+def test_the_measurement_measures() -> None:
+    assert 0.05 < gemm.measured_gain() < 50
+
+
+def test_without_the_operation_the_default_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "_works", lambda: False)
+    assert gemm.choose_gemm("onednn", CPU) == "default"

@@ -1,0 +1,149 @@
+"""Which library multiplies fp32 matrices on a CPU: torch's default (MKL), or oneDNN where it is measured to be faster.
+
+On some processors oneDNN is twice as fast (an AMD CPU with AVX-512: 150 against 340 GFLOP/s), on others it loses (an
+AMD CPU with AVX2: 140 against 120). A short measurement decides, once for each machine. Results differ by rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import statistics
+import time
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from toolkit.data.cache import cache_folder
+from toolkit.durable import write_file_atomically
+from toolkit.runtime import environment
+
+logger = logging.getLogger(__name__)
+
+Gemm = Literal["default", "onednn"]
+Tensor = torch.Tensor
+# Tokens and width of the measured product: a batch of 8 messages, GPT-2's attention.
+SHAPE = (192, 768, 768)
+REPEATS = 9
+# oneDNN has to win by this much: what a noisy machine may make of two equals.
+MARGIN = 1.2
+# Narrower layers, such as adapters, are not worth a detour.
+NARROWEST = 64
+
+
+def choose_gemm(wanted: Literal["auto", "default", "onednn"], device: torch.device) -> Gemm:
+    """Return the library for this machine; ``auto`` measures, and remembers the answer in the cache folder.
+
+    The answer is kept, because a run that is repeated or resumed has to round as before.
+    """
+    if device.type != "cpu" or not _works():
+        return "default"
+    if wanted != "auto":
+        return wanted
+    facts = environment(device)
+    name = "-".join(str(facts[key]) for key in ("cpu", "torch", "threads"))
+    path = cache_folder() / "gemm.json"
+    known = _read(path)
+    if known.get(name) not in ("default", "onednn"):
+        known[name] = "onednn" if measured_gain() >= MARGIN else "default"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file_atomically(path, json.dumps(known, indent=1))
+        except OSError as error:
+            logger.warning("%s: not written: %s", path, error)
+    return "onednn" if known[name] == "onednn" else "default"
+
+
+def _read(path: Any) -> dict[str, str]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def measured_gain() -> float:
+    """Return how many times faster oneDNN is, over a forward and a backward product of both layouts of a weight."""
+    rows, fan_in, fan_out = SHAPE
+    weight, hidden = torch.randn(fan_out, fan_in), torch.randn(rows, fan_in)
+    layouts = (weight, weight.T.contiguous().T)
+    seconds: dict[str, list[float]] = {"default": [], "onednn": []}
+    kernels = {"default": torch.nn.functional.linear, "onednn": _product}
+    for _ in range(REPEATS + 2):
+        for name, kernel in kernels.items():
+            started = time.perf_counter()
+            for layout in layouts:
+                kernel(kernel(hidden, layout), layout.T)
+            seconds[name].append(time.perf_counter() - started)
+    # The first two rounds warm up.
+    default, onednn = (statistics.median(times[2:]) for times in seconds.values())
+    return default / onednn
+
+
+def use_gemm(model: nn.Module, gemm: Gemm) -> None:
+    """Make a model's plain linear layers multiply by a library; quantised layers and adapters keep their own way."""
+    for layer in model.modules():
+        if type(layer) in (nn.Linear, Conv1D) and min(layer.weight.shape) >= NARROWEST:  # type: ignore[arg-type]
+            own: Any = layer
+            if gemm == "onednn":
+                own.forward = functools.partial(_forward, layer)
+            else:
+                own.__dict__.pop("forward", None)
+
+
+def _forward(layer: Any, hidden: Tensor) -> Tensor:
+    """Run a layer by oneDNN, or as it is where its operands are not fp32 on a CPU."""
+    weight, bias = layer.weight, layer.bias
+    if hidden.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        plain: Tensor = type(layer).forward(layer, hidden)
+        return plain
+    apply: Any = _Linear.apply
+    product: Tensor = apply(hidden, weight.T if isinstance(layer, Conv1D) else weight, bias)
+    return product
+
+
+class _Linear(torch.autograd.Function):
+    """``x W^T + b`` and its gradients by oneDNN."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return (..., out) of ``hidden`` (..., in) and ``weight`` (out, in)."""
+        # A frozen weight needs no input for its backward pass.
+        ctx.save_for_backward(weight, hidden if ctx.needs_input_grad[1] else None)
+        return _product(hidden, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of input, weight and bias."""
+        (gradient,) = gradients
+        weight, hidden = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        to_input = _product(gradient.contiguous(), weight.T) if ctx.needs_input_grad[0] else None
+        to_weight = None
+        if ctx.needs_input_grad[1]:
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            to_weight = _product(flat.T.contiguous(), rows.T.contiguous())
+        return to_input, to_weight, flat.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
+    return product
+
+
+@functools.lru_cache(maxsize=1)
+def _works() -> bool:
+    """Return whether this build of torch has the operation, which is not public, and it computes what it should."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    hidden, weight, bias = torch.randn(3, 65), torch.randn(66, 65), torch.randn(66)
+    expected = nn.functional.linear(hidden, weight, bias)
+    try:
+        found = (_product(hidden, weight, bias), _product(hidden, weight.T.contiguous().T, bias))
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        logger.info("oneDNN's linear layer cannot be used: %s", error)
+        return False
+    return all(torch.allclose(one, expected, atol=1e-4) for one in found)
