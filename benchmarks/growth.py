@@ -3,8 +3,8 @@
     python benchmarks/growth.py [--rows 125000 250000 500000 1000000]
 
 A whole run (read, check, split, tokenise, train one epoch, evaluate) of a one-block GPT-2 of width 32, so that the
-data's path is most of the work, on a csv of distinct short texts, in a process of its own for each size; then the same run
-again, which finds its tokens. Writes results/growth.json.
+data's path is most of the work, on a csv of distinct short texts, in a process of its own for each size; then the same
+run again, which finds its tokens. Writes results/growth.json.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/prediction_speed.py [--texts 1000] [--rounds 3]
 
 Full-size GPT-2 124M and DistilBERT 66M with random weights and a trained head, on real messages (sms_spam). The arms
-take turns. "defaults": pipeline("text-classification", model, batch_size=32). "tuned": the texts sorted by length first,
-and the fastest of the batch sizes 8, 16, 32, 64. Both sides start from strings. Writes results/prediction_MODEL.json.
+take turns. "defaults": pipeline("text-classification", model, batch_size=32). "tuned": the texts sorted by length, and
+the fastest of the batch sizes 8, 16, 32, 64. Both sides start from strings. Writes results/prediction_MODEL.json.
 """
 
 from __future__ import annotations

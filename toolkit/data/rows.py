@@ -58,6 +58,7 @@ class Rows:
         token_ids: Rows of ids read from .npy; None for texts.
         labels: Exact label strings; None if read without.
         lines: int64, shape (rows,), the 1-based line each row starts on; None where row i is line i + 1.
+        keys: Hashes of the contents, where they are known (``repeats.content_keys``).
     """
 
     where: str
@@ -65,6 +66,7 @@ class Rows:
     token_ids: TokenTable | None
     labels: LabelColumn | None
     lines: NDArray[np.int64] | None = None
+    keys: NDArray[np.void] | None = None
 
     def __len__(self) -> int:
         return len(self.texts or ()) if self.token_ids is None else len(self.token_ids)

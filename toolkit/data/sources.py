@@ -12,6 +12,7 @@ from toolkit.data.hub import HUB_ID, read_hub_dataset
 from toolkit.data.jsonlines import read_jsonl, read_txt
 from toolkit.data.named_sets import NAMED_SETS, read_named_set
 from toolkit.data.rows import Origin, Rows
+from toolkit.data.table_cache import cached_rows
 from toolkit.errors import DataError, Problem, nearest
 
 __all__ = ["SUFFIXES", "Origin", "Rows", "read_rows"]
@@ -47,19 +48,24 @@ def read_rows(where: str, *, text_column: str, label_column: str | None) -> tupl
 
 def _read_file(path: Path, where: str, text_column: str, label_column: str | None) -> tuple[Rows, Origin]:
     suffix = path.suffix.lower()
-    sha256 = check_text_file(path, where) if suffix in TEXT_SUFFIXES else sha256_of(path, where)
-    if suffix == ".csv":
-        rows = read_csv(path, where, Columns(text_column, label_column))
-    elif suffix == ".tsv":
-        rows = read_tsv(path, where, Columns(text_column, label_column))
-    elif suffix == ".parquet":
-        rows = read_parquet(path, where, text_column=text_column, label_column=label_column)
-    elif suffix == ".npy":
-        rows = read_npy(path, where, with_labels=label_column is not None)
-    elif suffix == ".txt":
-        if label_column is not None:
-            raise DataError(Problem(where, "data.label_column", "a .txt file has no labels", "csv, tsv or jsonl"))
-        rows = read_txt(path, where)
-    else:
-        rows = read_jsonl(path, where, text_column=text_column, label_column=label_column)
+    if suffix == ".txt" and label_column is not None:
+        raise DataError(Problem(where, "data.label_column", "a .txt file has no labels", "csv, tsv or jsonl"))
+    sha256 = sha256_of(path, where)
+
+    def parse() -> Rows:
+        if suffix in TEXT_SUFFIXES:
+            check_text_file(path, where)
+        if suffix == ".csv":
+            return read_csv(path, where, Columns(text_column, label_column))
+        if suffix == ".tsv":
+            return read_tsv(path, where, Columns(text_column, label_column))
+        if suffix == ".parquet":
+            return read_parquet(path, where, text_column=text_column, label_column=label_column)
+        if suffix == ".npy":
+            return read_npy(path, where, with_labels=label_column is not None)
+        if suffix == ".txt":
+            return read_txt(path, where)
+        return read_jsonl(path, where, text_column=text_column, label_column=label_column)
+
+    rows = cached_rows(path, where, sha256=sha256, columns=(text_column, label_column), parse=parse)
     return rows, Origin(where, where, sha256, len(rows))

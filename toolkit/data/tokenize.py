@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -101,8 +104,8 @@ class Tokenizer:
         """
         ids, lengths = array("i"), array("q")
         truncated = dropped = 0
-        for chunk in _chunks(texts):
-            for row in self.backend.encode(chunk):
+        for rows in self._encoded(_chunks(texts)):
+            for row in rows:
                 extra = 0 if max_length is None else len(row) - max_length
                 if extra > 0:
                     truncated, dropped = truncated + 1, dropped + extra
@@ -113,6 +116,19 @@ class Tokenizer:
                 lengths.append(len(row))
         table = TokenTable.from_lengths(np.frombuffer(ids, dtype=np.int32), np.frombuffer(lengths, dtype=np.int64))
         return Encoded(table, truncated, dropped)
+
+    def _encoded(self, chunks: Iterator[list[str]]) -> Iterator[list[list[int]]]:
+        """Yield the ids of each chunk in order, on all cores: both libraries work outside of Python's lock."""
+        workers = os.cpu_count() or 1
+        with ThreadPoolExecutor(workers) as pool:
+            ahead: deque[Future[list[list[int]]]] = deque()
+            for chunk in chunks:
+                ahead.append(pool.submit(self.backend.encode, chunk))
+                # So many chunks in flight bound the memory.
+                if len(ahead) > 2 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
 
     def encode_cached(self, texts: pa.ChunkedArray, *, max_length: int) -> Encoded:
         """Do what ``encode`` does; tables of more than 8 MiB of text are kept on disk and memory-mapped."""
