@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint schema install-demo install-dev clean
+.PHONY: demo test lint bench schema install-demo install-dev clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml scripts/train.py recipes/gpt2_lora.yaml
@@ -17,6 +17,13 @@ lint: $(VENV)/dev.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# About half an hour on two cores with nothing else running.
+bench: $(VENV)/dev.installed
+	$(BIN)/python benchmarks/training_speed.py --rounds 2
+	$(BIN)/python benchmarks/prediction_speed.py --texts 500
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/table.py
 
 schema: $(VENV)/dev.installed
 	$(BIN)/toolkit schema > recipes/schema.json
