@@ -23,10 +23,10 @@ ROWS = (
 )
 HEAD = """# Performance
 
-Made by `make bench` from `benchmarks/results/`; every file there names its machine and date. The scripts' first lines say
-what is compared with what. All arms of a row ran in turns in one process, on the same rows, with random weights of full
-size; a ratio is of two arms of the same round, given as median (smallest to largest). "defaults" is the peer's own
-setting, "tuned" what its best user would set.
+Made by `make bench` from `benchmarks/results/`; every file there names its machine and date. The scripts' first lines
+say what is compared with what. All arms of a row ran in turns in one process, on the same rows, with random weights of
+full size; a ratio is of two arms of the same round, given as median (smallest to largest). "defaults" is the peer's
+own setting, "tuned" what its best user would set.
 
 {machine}
 
@@ -36,19 +36,34 @@ setting, "tuned" what its best user would set.
 REASONS = """
 ## Where an aim is missed, and why
 
-- **The matrix products are the limit.** Four fifths of a LoRA step on short texts are spent inside MKL (profile of GPT-2,
-  batch 8: `mm` 41 %, `addmm` 41 %, attention 5 %, GELU 4 %). The last column of the next table is how much of the machine's
-  fastest product, measured in the same run, the arithmetic reaches that the step cannot do without.
-- **oneDNN does not help here.** On this processor (AVX2, no AVX-512) MKL multiplies fp32 as fast or faster, so
-  `training.gemm: auto` chooses torch's default; on a processor where oneDNN wins, it chooses that. bf16 has no hardware here
-  either.
-- **The last block pays for one pass over the frozen blocks.** Five epochs of a peer are five such passes and the backward
-  pass of one block; one pass is what the toolkit cannot avoid in a first run, so the ratio is bounded near the number of
+- **The matrix products are the limit.** Four fifths of a LoRA step on short texts are spent inside MKL (profile of
+  GPT-2, batch 8: `mm` 41 %, `addmm` 41 %, attention 5 %, GELU 4 %). The next table says how much of the machine's
+  fastest product, measured in the same run, the arithmetic reaches that a step cannot do without.
+- **oneDNN does not help here.** On this processor (AVX2, no AVX-512) MKL multiplies fp32 as fast or faster: a layer's
+  products took oneDNN 1.16 times as long, so `training.gemm: auto` chose torch's default.
+- **The last block pays for one pass over the frozen blocks.** Five epochs of the peer are five such passes and the
+  backward pass of one block. One pass is what a first run cannot avoid, so its ratio is bounded near the number of
   epochs, times what padding costs. A second run on the same texts finds the states ("states found").
-- Tried without gain: a fused LoRA function, block masks, torch.compile on a CPU.
-- The tuned peer pads long texts of like length more than it gains: with 24 rows, batches of like length are few.
+- On long texts the tuned peer came out no faster than its defaults: 24 or 32 rows make three or four batches, so there
+  is little to group.
 
-Not measured: anything on a GPU.
+Not measured: anything on a GPU, and prediction of 10,000 texts at once (500 were).
+"""
+LIMIT = """
+## Distance to the limit
+
+The linear layers' arithmetic that a step needs, over its time, over the fastest fp32 product of the machine.
+
+| question | arm | share |
+|---|---|---|
+"""
+GROWTH = """
+## Growth
+
+A whole run on a csv of short texts with a tiny model, so that the data's path is most of it.
+
+| rows | first run, s | to its first step, s | second run, to its first step, s | peak, MiB |
+|---|---|---|---|---|
 """
 
 
@@ -61,6 +76,20 @@ def cell(ratio: dict[str, float]) -> str:
     return f"**{ratio['median']:g}** ({ratio['min']:g} to {ratio['max']:g})"
 
 
+def growth_table() -> str:
+    growth = load("growth")
+    if growth is None:
+        return ""
+    lines = []
+    for run in growth["runs"]:
+        first, second = run["first"], run["second"]
+        peak = max(first["peak_bytes"], second["peak_bytes"]) / 2**20
+        seconds = (first["seconds"], first["to_first_step"], second["to_first_step"])
+        lines.append(f"| {run['rows']:,} | " + " | ".join(f"{one:.1f}" for one in seconds) + f" | {peak:.0f} |")
+    pairs = ", ".join(f"{pair:g}" for pair in growth["time_ratio_over_row_ratio"])
+    return GROWTH + "\n".join(lines) + f"\n\nTime over rows, from one line to the next (1 is linear): {pairs}.\n"
+
+
 def main() -> None:
     machines = set()
     lines, shares = [], []
@@ -69,31 +98,15 @@ def main() -> None:
         if record is None:
             continue
         machine = record["machine"]
-        machines.add(f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, "
-                     f"transformers {machine['transformers']}, peft {machine['peft']}, {record['date'][:10]}")  # fmt: skip
+        libraries = ", ".join(f"{library} {machine[library]}" for library in ("torch", "transformers", "peft"))
+        machines.add(f"{machine['cpu']}, {machine['cores']} cores, {libraries}, {record['date'][:10]}")
         for arm, ratio in record["ratio_to_defaults"].items():
             aim = f"{defaults} x / {tuned:g} x"
             lines.append(f"| {question} | {arm} | {cell(ratio)} | {cell(record['ratio_to_tuned'][arm])} | {aim} |")
         for arm, share in record.get("share_of_peak", {}).items():
             shares.append(f"| {question} | {arm} | {100 * share['median']:.0f} % |")
-    page = HEAD.format(machine="Machine: " + "; ".join(sorted(machines)) + ".") + "\n".join(lines) + "\n" + REASONS
-    page += (
-        "\n## Distance to the limit\n\nLinear layers' arithmetic that the step needs, over its time, over the fastest"
-    )
-    page += " fp32 product of the machine.\n\n| question | arm | share |\n|---|---|---|\n" + "\n".join(shares) + "\n"
-    growth = load("growth")
-    if growth is not None:
-        page += "\n## Growth\n\nA whole run on a csv of short texts with a tiny model, so that the data's path is most of it."
-        page += "\n\n| rows | first run, s | to its first step, s | second run, to its first step, s | peak, MiB |\n"
-        page += "|---|---|---|---|---|\n"
-        for run in growth["runs"]:
-            first, second = run["first"], run["second"]
-            page += (
-                f"| {run['rows']:,} | {first['seconds']:.1f} | {first['to_first_step']:.1f} | "
-                f"{second['to_first_step']:.1f} | {max(first['peak_bytes'], second['peak_bytes']) / 2**20:.0f} |\n"
-            )
-        pairs = ", ".join(f"{pair:g}" for pair in growth["time_ratio_over_row_ratio"])
-        page += f"\nTime over rows, from one line to the next (1 is linear): {pairs}.\n"
+    head = HEAD.format(machine="Machine: " + "; ".join(sorted(machines)) + ".")
+    page = head + "\n".join(lines) + "\n" + REASONS + LIMIT + "\n".join(shares) + "\n" + growth_table()
     PAGE.write_text(page, encoding="utf-8")
     print(page)
 
