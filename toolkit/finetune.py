@@ -112,7 +112,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     from toolkit import runtime
     from toolkit.adapters.apply import parameter_report
     from toolkit.outcome import build_record, environment, error_examples, write_reports
-    from toolkit.tasks import build_task
+    from toolkit.tasks import Setup, build_task
     from toolkit.training.gemm import choose_gemm
     from toolkit.training.optim import build_optimizer
     from toolkit.training.plan import build_plan
@@ -133,9 +133,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
 
     # Tokens, model, method, objective.
     tokenizer = load_tokenizer(base.path, kind=base.family.tokenizer)
-    task = build_task(
-        recipe, data=data, base=base, tokenizer=tokenizer, accelerator=accelerator, gemm=gemm, listener=listener
-    )
+    task = build_task(Setup(recipe, data, base, tokenizer, accelerator, gemm, listener))
     parameters = parameter_report(task.model)
     plan = build_plan(settings, lengths=task.tables["train"].lengths, processes=accelerator.num_processes)
     for line in describe_training(parameters, plan, task.tables["train"].lengths.mean(), task.truncated):

@@ -7,29 +7,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from toolkit.adapters.apply import apply_method
-from toolkit.config.schema import Recipe
 from toolkit.data.batching import collate
-from toolkit.data.parts import LoadedData, Part
-from toolkit.data.tokenize import Tokenizer
+from toolkit.data.parts import Part
 from toolkit.evaluation.evaluate import predict_logits
 from toolkit.evaluation.metrics import classification_metrics, validation_metrics
 from toolkit.evaluation.mistakes import Mistake, confident_mistakes
-from toolkit.listener import SILENT, Listener
 from toolkit.memory.prefix import keep_prefixes, prefix_record
 from toolkit.memory.prefix_cache import PrefixCache
-from toolkit.models.base import Base
 from toolkit.models.forward import checkpoint_activations, classify
 from toolkit.models.load import load_classifier
 from toolkit.report.run_record import PrefixCacheRecord
-from toolkit.tasks.task import EVALUATION_BATCH, PARTS, Kind, tokenize_parts, write_artifact
-from toolkit.training.gemm import Gemm, use_gemm
-from toolkit.training.objectives import (
-    ClassificationObjective,
-)
+from toolkit.tasks.task import EVALUATION_BATCH, PARTS, Kind, Setup, tokenize_parts, write_artifact
+from toolkit.training.gemm import use_gemm
+from toolkit.training.objectives import ClassificationObjective
 
 Floats = NDArray[np.float32]
 
@@ -37,17 +30,9 @@ Floats = NDArray[np.float32]
 class ClassificationTask:
     """A sequence classifier tuned on labelled texts."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        *,
-        data: LoadedData,
-        base: Base,
-        tokenizer: Tokenizer,
-        accelerator: Accelerator,
-        gemm: Gemm = "default",
-        listener: Listener = SILENT,
-    ) -> None:
+    def __init__(self, setup: Setup) -> None:
+        recipe, data, base, tokenizer = setup.recipe, setup.data, setup.base, setup.tokenizer
+        accelerator = setup.accelerator
         assert data.label_map is not None
         self._recipe, self._base, self._tokenizer, self._accelerator = recipe, base, tokenizer, accelerator
         self._names = data.label_map.names
@@ -64,12 +49,12 @@ class ClassificationTask:
         self.model = apply_method(
             model, recipe.method, family=base.family, base_name=base.name_or_path, seed=recipe.training.seed
         )
-        use_gemm(self.model, gemm)
+        use_gemm(self.model, setup.gemm)
         if recipe.training.gradient_checkpointing:
             checkpoint_activations(self.model)
         self._caches = keep_prefixes(
             self.model, self.tables, recipe=recipe, base=base, pad_id=tokenizer.pad_id, accelerator=accelerator,
-            listener=listener,
+            listener=setup.listener,
         )  # fmt: skip
         self.prefix_cache: PrefixCacheRecord | None = prefix_record(self._caches)
         self.objective = ClassificationObjective(

@@ -7,21 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
-from toolkit.config.schema import Recipe
 from toolkit.data.batching import lm_blocks
-from toolkit.data.parts import LoadedData
-from toolkit.data.tokenize import Tokenizer
 from toolkit.evaluation.mistakes import Mistake
-from toolkit.listener import SILENT, Listener
-from toolkit.models.base import Base, resolve_folder
+from toolkit.models.base import resolve_folder
 from toolkit.models.forward import checkpoint_activations
 from toolkit.models.head_start import scale_to_width, start_from_encoder, start_masked_head
 from toolkit.models.load import load_language_model
 from toolkit.report.run_record import PrefixCacheRecord
-from toolkit.tasks.task import EVALUATION_BATCH, Kind, tokenize_parts, write_artifact
-from toolkit.training.gemm import Gemm, use_gemm
+from toolkit.tasks.task import EVALUATION_BATCH, Kind, Setup, tokenize_parts, write_artifact
+from toolkit.training.gemm import use_gemm
 from toolkit.training.objectives import (
     LanguageModelingObjective,
     frequent_tokens,
@@ -37,17 +32,9 @@ class LanguageModelingTask:
 
     prefix_cache: PrefixCacheRecord | None = None
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        *,
-        data: LoadedData,
-        base: Base,
-        tokenizer: Tokenizer,
-        accelerator: Accelerator,
-        gemm: Gemm = "default",
-        listener: Listener = SILENT,
-    ) -> None:
+    def __init__(self, setup: Setup) -> None:
+        recipe, data, base, tokenizer = setup.recipe, setup.data, setup.base, setup.tokenizer
+        accelerator = setup.accelerator
         self._recipe, self._base, self._accelerator = recipe, base, accelerator
         whole, self.truncated = tokenize_parts(data, tokenizer, max_length=WHOLE_TEXT)
         special, causal = tokenizer.special, base.family.tokenizer == "bpe"
@@ -65,7 +52,7 @@ class LanguageModelingTask:
         )
         if recipe.model.random_init:
             self._start(recipe.model.embeddings_from)
-        use_gemm(self.model, gemm)
+        use_gemm(self.model, setup.gemm)
         if recipe.training.gradient_checkpointing:
             checkpoint_activations(self.model)
         self._tokenizer = tokenizer

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pathlib
 import shutil
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+from accelerate import Accelerator
 
 from toolkit.adapters.save import save_adapter
 from toolkit.config.schema import Recipe
@@ -15,14 +18,39 @@ from toolkit.evaluation.mistakes import Mistake
 from toolkit.export.artifact import ArtifactFacts, BaseReference, write_manifest
 from toolkit.export.model import copy_tokenizer, save_model
 from toolkit.export.staging import staged_folder
+from toolkit.listener import Listener
 from toolkit.models.base import Base
 from toolkit.report.run_record import PrefixCacheRecord
+from toolkit.training.gemm import Gemm
 from toolkit.training.objectives import Objective
 
 PARTS = ("train", "validation", "test")
 EVALUATION_BATCH = 32
 
 Kind = Literal["adapter", "model"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a task is built from.
+
+    Attributes:
+        recipe: All settings.
+        data: Rows of all parts.
+        base: The model to start from.
+        tokenizer: The base's.
+        accelerator: Processes and precision.
+        gemm: Library of fp32 matrix products (``training.gemm``).
+        listener: Hears how long preparations go.
+    """
+
+    recipe: Recipe
+    data: LoadedData
+    base: Base
+    tokenizer: Tokenizer
+    accelerator: Accelerator
+    gemm: Gemm
+    listener: Listener
 
 
 class Task(Protocol):
