@@ -415,3 +415,12 @@ def test_token_batches_train_stop_and_go_on_bit_equal(recipe_file, tmp_path):
     assert record["epochs"] == whole["epochs"] == 2.0
     assert same_weights(tmp_path / "whole" / "model", again / "model")
     assert losses(tmp_path / "whole") == losses(again)
+
+
+def test_a_tracker_gets_the_figures(recipe_file, tmp_path):
+    pytest.importorskip("tensorboard")
+    path = recipe_file()
+    finetune(load_recipe(path, ["output.tracker=tensorboard", "training.max_steps=6", "evaluation.every=3"]))
+    events = list((tmp_path / "run").rglob("events.out.tfevents*"))
+    assert events
+    assert any(b"validation/accuracy" in file.read_bytes() for file in events)
