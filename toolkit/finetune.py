@@ -134,6 +134,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     # Tokens, model, method, objective.
     tokenizer = load_tokenizer(base.path, kind=base.family.tokenizer)
     task = build_task(Setup(recipe, data, base, tokenizer, accelerator, gemm, listener))
+    runtime.return_freed_memory()
     parameters = parameter_report(task.model)
     plan = build_plan(settings, lengths=task.tables["train"].lengths, processes=accelerator.num_processes)
     for line in describe_training(parameters, plan, task.tables["train"].lengths.mean(), task.truncated):

@@ -14,12 +14,12 @@ from toolkit.data.splits import Split
 from toolkit.data.tokens import TokenTable
 
 
-@dataclass(frozen=True)
+@dataclass
 class Part:
     """Rows of train, validation or test.
 
     Attributes:
-        texts: Arrow large_string, ``rows`` long; None for token ids.
+        texts: Arrow large_string, ``rows`` long; None for token ids, and once they were let go.
         token_ids: Ids read from .npy; None for texts.
         labels: Label ids, int64, shape (rows,); None without supervision.
         row_numbers: int64, shape (rows,), 0-based rows of the table the part was taken from.

@@ -46,9 +46,9 @@ def token_batches(
     """
     order = epoch_order(len(lengths), seed=seed, epoch=epoch)
     pools = np.cumsum(lengths[order]) // (pool * max_tokens)
-    order = order[np.lexsort((lengths[order], pools))]
+    order = order[np.argsort(pools * (lengths.max(initial=0) + 1) + lengths[order], kind="stable")]
     cuts, longest = [0], 0
-    for place, length in enumerate(lengths[order].tolist()):
+    for place, length in enumerate(map(int, lengths[order])):
         longest = max(longest, length)
         if (place - cuts[-1] + 1) * longest > max_tokens and place > cuts[-1]:
             cuts.append(place)
