@@ -128,6 +128,10 @@ def _rows(record: RunRecord) -> list[tuple[str, str]]:
         ("split", "  ".join(f"{part} {count:,}" for part, count in record["data"]["rows"].items())),
         ("trained", f"{parameters['trainable']:,} of {parameters['total']:,} parameters"),
     ]
+    kept = record["prefix_cache"]
+    if kept is not None:
+        how = f"in {human_seconds(kept['seconds'])}" if kept["seconds"] else "in an earlier run"
+        rows.append(("frozen", f"{kept['blocks']} blocks ran once, {human_bytes(kept['bytes'])} of states, {how}"))
     for part in ("validation", "test"):
         metrics: Any = record["metrics"][part]
         if metrics is not None:
