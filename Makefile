@@ -22,7 +22,8 @@ lint: $(VENV)/dev.installed
 bench: $(VENV)/dev.installed
 	$(BIN)/python benchmarks/training_speed.py --rounds 2
 	$(BIN)/python benchmarks/prediction_speed.py --texts 500
-	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/growth.py --rows 1000 250000 500000 1000000 2000000
+	$(BIN)/python benchmarks/tokenizing.py
 	$(BIN)/python benchmarks/table.py
 
 schema: $(VENV)/dev.installed
