@@ -2,8 +2,9 @@
 
     python benchmarks/tokenizing.py [--texts 100000] [--rounds 3]
 
-Real messages (sms_spam), repeated. "one thread": tiktoken's loop against the tokenizer's batch call with its parallelism
-off. "all cores": the toolkit's encode against the batch call with its parallelism on. Writes results/tokenizing.json.
+Real messages (sms_spam), repeated. "one thread": tiktoken's loop against the tokenizer's batch call with its
+parallelism off. "all cores": the toolkit's encode against the batch call with its parallelism on. Writes
+results/tokenizing.json.
 """
 
 from __future__ import annotations
