@@ -31,6 +31,14 @@ def test_public_names_are_sorted_lazy_and_there():
         toolkit.nothing  # noqa: B018
 
 
+@pytest.mark.parametrize("first", ["", "import toolkit.finetune, toolkit.cli; "])
+def test_what_a_user_imports_can_be_called(first):
+    names = ", ".join(toolkit.__all__)
+    code = f"{first}from toolkit import {names}; print(all(map(callable, [{names}])))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
 @pytest.mark.parametrize(
     "statement",
     [

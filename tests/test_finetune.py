@@ -117,6 +117,12 @@ def test_the_same_recipe_twice_is_bit_equal(recipe_file, tmp_path):
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+def test_the_public_name_trains(recipe_file, tmp_path):
+    import toolkit
+
+    assert toolkit.finetune(load_recipe(recipe_file(), ["training.max_steps=1"]))["steps"] == 1
+
+
 def test_another_seed_is_another_run(recipe_file, tmp_path):
     path = recipe_file()
     finetune(load_recipe(path, [f"output.dir={tmp_path / 'a'}"]))
@@ -391,6 +397,22 @@ def test_kept_states_of_frozen_blocks_change_no_loss(recipe_file, tmp_path, fami
     again = finetune(load_recipe(path, [f"output.dir={tmp_path / 'again'}"]))
     assert again["prefix_cache"]["seconds"] == 0.0
     assert losses(tmp_path / "again") == losses(tmp_path / "half")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+@pytest.mark.parametrize("method", ["{name: last_n}", "{name: head}", "{name: lora, r: 4, layers: last_1}"])
+def test_frozen_blocks_that_stay_on_disk_change_no_bit(recipe_file, tmp_path, family, method, monkeypatch):
+    path = recipe_file(family, f"method: {method}")
+    monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path / "one"))
+    streamed = finetune(load_recipe(path, [f"output.dir={tmp_path / 'streamed'}"]))
+    monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path / "two"))
+    monkeypatch.setattr("toolkit.tasks.classification.streams", lambda *_: False)
+    whole = finetune(load_recipe(path, [f"output.dir={tmp_path / 'whole'}"]))
+    kind = streamed["artifact"]["kind"]
+    assert same_weights(tmp_path / "streamed" / kind, tmp_path / "whole" / kind)
+    assert losses(tmp_path / "streamed") == losses(tmp_path / "whole")
+    assert streamed["metrics"] == whole["metrics"]
+    assert streamed["parameters"] == whole["parameters"]
 
 
 def test_states_that_may_not_be_kept_are_computed_in_every_epoch(recipe_file):

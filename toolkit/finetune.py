@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 from toolkit.adapters.methods import adapted_blocks, check_targets
@@ -240,3 +242,13 @@ def resume(trainer: Trainer, checkpoints: pathlib.Path, listener: Listener) -> N
 
 def _hashes(data: LoadedData, base: Base) -> dict[str, str]:
     return {"base": base.fingerprint, **{f"data {origin.name}": origin.sha256 for origin in data.origins}}
+
+
+class _Story(types.ModuleType):
+    """This module and its function share a name: ``from toolkit import finetune`` may find either, and calls both."""
+
+    def __call__(self, recipe: Recipe, *, listener: Listener = SILENT) -> RunRecord:
+        return finetune(recipe, listener=listener)
+
+
+sys.modules[__name__].__class__ = _Story

@@ -46,14 +46,22 @@ def test_shards_and_their_index(tmp_path: pathlib.Path) -> None:
     ]
 
 
+def test_slices_of_a_tensor_are_as_good_as_the_tensor(tmp_path: pathlib.Path) -> None:
+    whole = torch.arange(24.0).view(6, 4)
+    write_tensors(tmp_path, {"x": (6, 4)}, lambda name: iter(whole.split([1, 3, 2])), dtype=torch.float32)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["x"], whole)
+
+
 def test_a_tensor_above_the_limit_gets_its_own_file() -> None:
     shapes = {"a": (2,), "big": (100,), "b": (2,)}
     assert plan_shards(shapes, dtype=torch.float32, max_shard_bytes=16) == [["a"], ["big"], ["b"]]
 
 
 def test_shape_and_finiteness_are_proven(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ToolkitError, match=r"x: shape \(2,\) where \(3,\)"):
+    with pytest.raises(ToolkitError, match=r"x: 2 rows where \(3,\)"):
         write_tensors(tmp_path, {"x": (3,)}, lambda name: torch.zeros(2), dtype=torch.float32)
+    with pytest.raises(ToolkitError, match=r"x: shape .* where \(3, 2\)"):
+        write_tensors(tmp_path, {"x": (3, 2)}, lambda name: torch.zeros(3, 3), dtype=torch.float32)
     with pytest.raises(ToolkitError, match="x: not finite as F32"):
         write_tensors(tmp_path, {"x": (1,)}, lambda name: torch.tensor([float("nan")]), dtype=torch.float32)
     with pytest.raises(ToolkitError, match="x: not finite as F16"):

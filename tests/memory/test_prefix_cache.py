@@ -36,7 +36,10 @@ class Compute:
     def __init__(self, *, pooled: bool = False, fails_at: int | None = None, scale: float = 1.0) -> None:
         self.calls, self.pooled, self.fails_at, self.scale = 0, pooled, fails_at, scale
 
-    def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        return [self.states(batch) for batch in batches]
+
+    def states(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         self.calls += 1
         if self.calls == self.fails_at:
             raise KeyboardInterrupt

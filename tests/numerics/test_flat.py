@@ -276,7 +276,7 @@ def cached(model: Any, batch: Batch) -> torch.Tensor:
     blocks = frozen_blocks(model)
     with torch.no_grad():
         ascending = {name: tensor[order] for name, tensor in batch.items()}
-        states = prefix_states(unwrapped(model), **ascending, blocks=blocks)
+        [states] = prefix_states(unwrapped(model), [ascending], blocks=blocks)
     pooled = blocks == len(list(unwrapped(model).get_submodule(FAMILIES[model.config.model_type].blocks)))
     rows = torch.argsort(order) if pooled else slice(None)
     return classify(model, {"states": states[rows], "lengths": lengths}, blocks=blocks)

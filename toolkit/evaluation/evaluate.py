@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import torch
 
     Batch = dict[str, torch.Tensor]
+
+# Tokens whose hidden states are held together: 24 MiB at GPT-2's width.
+WAVE_TOKENS = 8_192
 
 
 def length_sorted_batches(
@@ -36,6 +39,21 @@ def length_sorted_batches(
         start += size
 
 
+def _waves(batches: Iterable[NDArray[np.int64]], lengths: NDArray[np.integer]) -> Iterator[list[NDArray[np.int64]]]:
+    """Yield consecutive batches together, up to ``WAVE_TOKENS`` of them."""
+    wave: list[NDArray[np.int64]] = []
+    held = 0
+    for rows in batches:
+        tokens = int(lengths[rows].sum())
+        if wave and held + tokens > WAVE_TOKENS:
+            yield wave
+            wave, held = [], 0
+        wave.append(rows)
+        held += tokens
+    if wave:
+        yield wave
+
+
 def predict_logits(
     forward: Callable[[Batch], torch.Tensor],
     lengths: NDArray[np.integer],
@@ -44,6 +62,7 @@ def predict_logits(
     device: torch.device,
     batch_size: int = 32,
     max_tokens: int | None = None,
+    wave: Callable[[list[Batch]], list[Batch]] | None = None,
 ) -> NDArray[np.float32]:
     """Return the logits (N, C) of N rows, in their order.
 
@@ -56,6 +75,7 @@ def predict_logits(
         device: Where ``forward`` expects its batch.
         batch_size: At most this many rows a batch.
         max_tokens: At most this many tokens a batch, padding included.
+        wave: Batches to what ``forward`` takes, for as many batches at once as hold ``WAVE_TOKENS``.
 
     Raises:
         ValueError: If there are no rows.
@@ -67,11 +87,13 @@ def predict_logits(
     logits: NDArray[np.float32] | None = None
     # Not inference_mode: bitsandbytes keeps tensors made here, and training could not save those for its backward pass.
     with torch.no_grad():
-        for rows in length_sorted_batches(lengths, batch_size=batch_size, max_tokens=max_tokens):
-            batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
-            part = forward(batch).float().cpu().numpy()
-            if logits is None:
-                logits = np.empty((len(lengths), part.shape[1]), dtype=np.float32)
-            logits[rows] = part
+        chosen = length_sorted_batches(lengths, batch_size=batch_size, max_tokens=max_tokens)
+        for together in [[rows] for rows in chosen] if wave is None else _waves(chosen, lengths):
+            batches = [{name: tensor.to(device) for name, tensor in collate(rows).items()} for rows in together]
+            for rows, batch in zip(together, batches if wave is None else wave(batches), strict=True):
+                part = forward(batch).float().cpu().numpy()
+                if logits is None:
+                    logits = np.empty((len(lengths), part.shape[1]), dtype=np.float32)
+                logits[rows] = part
     assert logits is not None
     return logits

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -21,17 +20,17 @@ from toolkit.export.mergeable import find_mergeable
 from toolkit.export.model import tensor_shapes, write_model_files
 from toolkit.export.parity import Parity, prove_parity, reference_logits
 from toolkit.export.staging import staged_folder
-from toolkit.export.stream import MAX_SHARD_BYTES
+from toolkit.export.stream import MAX_SHARD_BYTES, Read
 from toolkit.export.trained_base import check_settings, resolve_trained_base
-from toolkit.export.weights import FolderReader, MergedWeights, lora_scaling
+from toolkit.export.weights import MergedWeights, lora_scaling
 from toolkit.models.base import Base
 from toolkit.models.load import classifier_config, load_classifier
+from toolkit.models.stored import StoredTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-Read = Callable[[str], torch.Tensor]
 CPU = torch.device("cpu")
 
 
@@ -107,17 +106,17 @@ def merge_adapter(
     reference = reference_logits(_live(artifact, found), tokenizer, max_length=manifest.max_length, bits=bits)
     skeleton = _skeleton(found, labels=manifest.labels)
     with staged_folder(output) as staging:
-        with _weights(artifact, found, skeleton) as (read, counts):
-            size = write_model_files(
-                staging,
-                skeleton,
-                read,
-                tokenizer_from=found.path,
-                dtype=dtype,
-                max_length=manifest.max_length,
-                max_shard_bytes=max_shard_bytes,
-            )
-            adapted = counts()
+        read, counts = _weights(artifact, found, skeleton)
+        size = write_model_files(
+            staging,
+            skeleton,
+            read,
+            tokenizer_from=found.path,
+            dtype=dtype,
+            max_length=manifest.max_length,
+            max_shard_bytes=max_shard_bytes,
+        )
+        adapted = counts()
         parity = prove_parity(staging, reference, tokenizer, max_length=manifest.max_length, dtype=dtype)
         write_manifest(staging, _merged_facts(manifest, found, dtype=dtype, parity=parity))
     return MergeReport(
@@ -160,28 +159,26 @@ def _skeleton(base: Base, *, labels: list[str]) -> PreTrainedModel:
     return model
 
 
-@contextmanager
-def _weights(artifact: Artifact, base: Base, skeleton: PreTrainedModel) -> Iterator[tuple[Read, Callable[[], int]]]:
-    """Yield what reads one final tensor, and what counts the adapted ones once all were read."""
-    with FolderReader(base.path, base.family) as reader:
-        if artifact.kind == "model":
-            yield reader.read, lambda: 0
-            return
-        settings = read_adapter_config(artifact.folder, family=base.family)
-        merged = MergedWeights(
-            reader,
-            skeleton,
-            family=base.family,
-            adapter=read_adapter_tensors(artifact.folder),
-            scaling=lora_scaling(settings),
-            quantization=_quantization(artifact.manifest),
-        )
+def _weights(artifact: Artifact, base: Base, skeleton: PreTrainedModel) -> tuple[Read, Callable[[], int]]:
+    """Return what reads one final tensor, and what counts the adapted ones once all were read."""
+    stored = StoredTensors(base.path, base.family)
+    if artifact.kind == "model":
+        return stored.pieces, lambda: 0
+    settings = read_adapter_config(artifact.folder, family=base.family)
+    merged = MergedWeights(
+        stored,
+        skeleton,
+        family=base.family,
+        adapter=read_adapter_tensors(artifact.folder),
+        scaling=lora_scaling(settings),
+        quantization=_quantization(artifact.manifest),
+    )
 
-        def count() -> int:
-            merged.check_all_used()
-            return merged.adapted
+    def count() -> int:
+        merged.check_all_used()
+        return merged.adapted
 
-        yield merged.read, count
+    return merged.read, count
 
 
 def _merged_facts(manifest: Manifest, base: Base, *, dtype: str, parity: Parity) -> ArtifactFacts:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from toolkit.errors import ModelError, Problem
 from toolkit.export.staging import check_output, check_space, staged_folder
-from toolkit.export.stream import DTYPES, MAX_SHARD_BYTES, Shapes, write_tensors
+from toolkit.export.stream import DTYPES, MAX_SHARD_BYTES, Content, Read, Shapes, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +33,7 @@ def save_model(
     model: PreTrainedModel,
     folder: pathlib.Path,
     *,
+    read: Read | None = None,
     tokenizer_from: pathlib.Path,
     dtype: str = "fp32",
     max_length: int | None = None,
@@ -45,6 +45,7 @@ def save_model(
     Args:
         model: A transformers model whose weights are not quantised.
         folder: Must not exist, or be empty.
+        read: Gives the tensors that the model holds on the meta device; None where there are none.
         tokenizer_from: Folder whose tokenizer files are copied.
         dtype: ``fp32``, ``bf16`` or ``fp16``.
         max_length: Tokens that a stock pipeline truncates to; None leaves the tokenizer's own limit.
@@ -56,11 +57,15 @@ def save_model(
     """
     check_output(folder)
     tensors = model.state_dict()
+
+    def content(name: str) -> Content:
+        return read(name) if read is not None and tensors[name].is_meta else tensors[name]
+
     with staged_folder(folder) as staging:
         write_model_files(
             staging,
             model,
-            tensors.__getitem__,
+            content,
             tokenizer_from=tokenizer_from,
             dtype=dtype,
             max_length=max_length,
@@ -70,7 +75,7 @@ def save_model(
 def write_model_files(
     folder: pathlib.Path,
     model: PreTrainedModel,
-    read: Callable[[str], torch.Tensor],
+    read: Read,
     *,
     tokenizer_from: pathlib.Path,
     dtype: str,
@@ -82,7 +87,7 @@ def write_model_files(
     Args:
         folder: An empty folder.
         model: Gives names, shapes and config; its own tensors are not read, so it may lie on the meta device.
-        read: Name to tensor; called once per name, so that only one is held.
+        read: Name to tensor, or to slices of it; called once per name, so that only one is held.
         tokenizer_from: Folder whose tokenizer files are copied.
         dtype: ``fp32``, ``bf16`` or ``fp16``.
         max_length: Tokens that a stock pipeline truncates to, or None.

@@ -1,7 +1,7 @@
 """safetensors files written tensor by tensor: the header first, as all shapes are known, then the bytes.
 
 Format: 8 bytes of header length (little endian), the header as JSON, the tensors' bytes one after another
-(huggingface.co/docs/safetensors). No more than one tensor is ever held.
+(huggingface.co/docs/safetensors). No more than one tensor is ever held, and of a large one no more than a piece has to.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO
 
@@ -21,13 +21,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SPELLINGS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 MAX_SHARD_BYTES = 2 * 10**9
 
+PIECE_ELEMENTS = 2 << 20
+
 Shapes = Mapping[str, tuple[int, ...]]
+# A tensor, or slices of its first dimension one after another.
+Content = torch.Tensor | Iterable[torch.Tensor]
+Read = Callable[[str], Content]
 
 
 def write_tensors(
     folder: pathlib.Path,
     shapes: Shapes,
-    read: Callable[[str], torch.Tensor],
+    read: Read,
     *,
     dtype: torch.dtype,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -37,7 +42,7 @@ def write_tensors(
     Args:
         folder: Where to write.
         shapes: Shape of every tensor by name.
-        read: Name to tensor, float32 of that shape; called once per name.
+        read: Name to tensor, float32 of that shape, whole or in slices of its first dimension; called once per name.
         dtype: Storage type: float32, bfloat16 or float16; cast once, here.
         max_shard_bytes: Largest file, unless a single tensor is larger.
 
@@ -53,7 +58,7 @@ def write_tensors(
     for name, names in files.items():
         with _safetensors(folder / name, {key: shapes[key] for key in names}, dtype) as file:
             for key in names:
-                _write(file, _cast(key, read(key), shape=shapes[key], dtype=dtype))
+                _write(file, key, read(key), shape=shapes[key], dtype=dtype)
     total = sum(_size(shape, dtype) for shape in shapes.values())
     if len(files) > 1:
         weight_map = {key: name for name, names in files.items() for key in names}
@@ -91,18 +96,29 @@ def _safetensors(path: pathlib.Path, shapes: Shapes, dtype: torch.dtype) -> Iter
         yield file
 
 
-def _cast(name: str, tensor: torch.Tensor, *, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    if tuple(tensor.shape) != shape:
-        raise ToolkitError(f"{name}: shape {tuple(tensor.shape)} where {shape} was planned")
-    cast = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-    if not bool(torch.isfinite(cast).all()):
-        raise ToolkitError(f"{name}: not finite as {SPELLINGS[dtype]}; choose fp32 or bf16")
-    return cast
+def _write(file: IO[bytes], name: str, content: Content, *, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Append a tensor, cast and checked piece by piece."""
+    rows, row = 0, tuple(shape[1:])
+    for piece in _pieces(content):
+        cast = piece.detach().to(device="cpu", dtype=dtype).contiguous()
+        if tuple(piece.shape[1:]) != row:
+            raise ToolkitError(f"{name}: shape (…, {row}) where {shape} was planned")
+        if not bool(torch.isfinite(cast).all()):
+            raise ToolkitError(f"{name}: not finite as {SPELLINGS[dtype]}; choose fp32 or bf16")
+        # A view of the piece's own memory: no copy is made.
+        cast.reshape(-1).view(torch.uint8).numpy().tofile(file)
+        rows += len(piece)
+    if rows != math.prod(shape[:1]):
+        raise ToolkitError(f"{name}: {rows} rows where {shape} was planned")
 
 
-def _write(file: IO[bytes], tensor: torch.Tensor) -> None:
-    # A view of the tensor's own memory: no copy of a large embedding is made.
-    tensor.reshape(-1).view(torch.uint8).numpy().tofile(file)
+def _pieces(content: Content) -> Iterable[torch.Tensor]:
+    """Return slices of a tensor's first dimension, so that no check or cast needs the whole once more."""
+    if not isinstance(content, torch.Tensor):
+        return content
+    tensor = content if content.dim() else content[None]
+    rows = max(1, PIECE_ELEMENTS // max(1, math.prod(tensor.shape[1:])))
+    return [tensor[start : start + rows] for start in range(0, len(tensor), rows)]
 
 
 def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:

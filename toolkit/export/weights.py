@@ -3,67 +3,23 @@
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Mapping
-from contextlib import ExitStack
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from toolkit.config.schema import QuantizationSettings
 from toolkit.errors import ToolkitError
+from toolkit.export.stream import Content
 from toolkit.families import Family
-from toolkit.models.headers import read_tensor_headers
 from toolkit.models.quantize import quantization_roundtrip
-from toolkit.models.tensors import body_name
+from toolkit.models.stored import StoredTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PREFIX = "base_model.model."
-
-
-class FolderReader:
-    """Reads single tensors out of a model folder, in whichever spelling and shards it stores them.
-
-    Args:
-        folder: Holds safetensors files.
-        family: Its architecture.
-    """
-
-    def __init__(self, folder: pathlib.Path, family: Family) -> None:
-        self._family = family
-        self._stored = {
-            body_name(name, family): (name, info.file) for name, info in read_tensor_headers(folder).items()
-        }
-        self._files: dict[pathlib.Path, Any] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> FolderReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return a tensor in float32 by the name that the classifier gives it.
-
-        Raises:
-            ToolkitError: If the folder has no such tensor.
-        """
-        try:
-            stored, path = self._stored[body_name(name, self._family)]
-        except KeyError:
-            raise ToolkitError(f"{name}: not among the base's tensors") from None
-        if path not in self._files:
-            self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-        tensor: torch.Tensor = self._files[path].get_tensor(stored)
-        return tensor.float()
 
 
 class MergedWeights:
@@ -73,7 +29,7 @@ class MergedWeights:
     ``W + s B A`` is the merged weight. On a quantised base W is what the layer stored, quantised and dequantised.
 
     Args:
-        base: Reader of the base's folder.
+        base: Tensors of the base.
         skeleton: The classifier on the meta device; the type of each layer decides how its weight is laid out.
         family: Its architecture.
         adapter: Tensors of adapter_model.safetensors: A (r, in), B (out, r), and the head.
@@ -83,7 +39,7 @@ class MergedWeights:
 
     def __init__(
         self,
-        base: FolderReader,
+        base: StoredTensors,
         skeleton: PreTrainedModel,
         *,
         family: Family,
@@ -96,14 +52,14 @@ class MergedWeights:
         self._scaling, self._quantization = scaling, quantization
         self.adapted = 0
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return one merged tensor, float32; each adapter tensor is handed out once."""
+    def read(self, name: str) -> Content:
+        """Return one merged tensor, float32, whole or in pieces; each adapter tensor is handed out once."""
         if name.startswith(tuple(f"{path}." for path in self._family.head)):
             return self._take(PREFIX + name).float()
-        weight = self._base.read(name)
         path, _, leaf = name.rpartition(".")
         if leaf != "weight" or not _is_linear(layer := self._skeleton.get_submodule(path)):
-            return weight
+            return self._base.pieces(name)
+        weight = self._base.read(name)
         # (out, in), whichever way round the layer stores it. By its type: a square weight has no telling shape.
         turned = _is_conv1d(layer)
         matrix = weight.T if turned else weight

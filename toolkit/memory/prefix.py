@@ -3,50 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from toolkit.config.schema import PrefixCacheSettings, Recipe
+from toolkit.config.schema import Recipe
 from toolkit.data.tokens import TokenTable
 from toolkit.listener import Listener
 from toolkit.memory.prefix_cache import (
     PrefixCache,
-    PrefixOverflowError,
     build_prefix_cache,
     lacks_room,
     prefix_key,
     table_sha256,
 )
 from toolkit.memory.prefix_rule import state_bytes, worth_keeping
+from toolkit.memory.shape import model_shape
 from toolkit.models.base import Base
-from toolkit.models.flat import prefix_states, runs_flat
-from toolkit.models.forward import frozen_blocks, unwrapped
+from toolkit.models.flat import has_flat_form, prefix_states
+from toolkit.models.forward import unwrapped
 from toolkit.report.run_record import PrefixCacheRecord
 
+KEPT_PARTS = ("train", "validation")
 
-def keep_prefixes(
-    model: nn.Module,
+
+@dataclass(frozen=True)
+class PrefixPlan:
+    """Which states a run keeps.
+
+    Attributes:
+        blocks: Frozen blocks that they have behind them.
+        pooled: Whether no block is left, and one state a row is kept.
+        width: Of a state.
+        dtype: ``fp16`` or ``fp32``.
+        keys: Key of the cache of each part.
+    """
+
+    blocks: int
+    pooled: bool
+    width: int
+    dtype: Literal["fp16", "fp32"]
+    keys: dict[str, str]
+
+
+def plan_prefixes(
+    recipe: Recipe,
     tables: Mapping[str, TokenTable],
     *,
-    recipe: Recipe,
     base: Base,
-    pad_id: int,
     accelerator: Accelerator,
     listener: Listener,
-) -> dict[str, PrefixCache]:
-    """Return the caches of the training and validation rows; empty where a run is better off without.
+    dtype: Literal["fp16", "fp32"] | None = None,
+) -> PrefixPlan | None:
+    """Return what to keep of the training and validation rows; None where a run is better off without.
 
     That is: no block is frozen, the rows are seen once or less, the recipe says no, or the states do not fit.
+
+    Args:
+        recipe: All settings.
+        tables: Token ids by part.
+        base: The model.
+        accelerator: Processes and precision.
+        listener: Hears why states that should be kept are not.
+        dtype: Of the states; None: the recipe's.
     """
-    settings, blocks, core = recipe.training.prefix_cache, frozen_blocks(model), unwrapped(model)
-    parts = {name: tables[name] for name in ("train", "validation") if len(tables[name])}
-    if not worth_keeping(recipe, blocks=blocks, rows=len(tables["train"])) or not runs_flat(core):
-        return {}
-    width, layers = base.config[base.family.width_key], base.config[base.family.layers_key]
-    pooled = blocks == layers
+    settings = recipe.training.prefix_cache
+    blocks = model_shape(base.config, recipe, labels=2).frozen
+    if not worth_keeping(recipe, blocks=blocks, rows=len(tables["train"])) or not has_flat_form(base.config):
+        return None
+    dtype = dtype or settings.dtype
+    width, pooled = base.config[base.family.width_key], blocks == base.config[base.family.layers_key]
     facts = {
         "base": base.fingerprint,
         "seed": recipe.training.seed if recipe.model.random_init else None,
@@ -55,50 +85,70 @@ def keep_prefixes(
         "quantization": recipe.quantization,
         "precision": accelerator.mixed_precision,
         "device": accelerator.device.type,
-        "dtype": settings.dtype,
+        "dtype": dtype,
     }
+    parts = {name: tables[name] for name in KEPT_PARTS if len(tables[name])}
     keys = {name: prefix_key(**facts, table=table_sha256(table)) for name, table in parts.items()}
     needed = sum(
-        state_bytes(tokens=len(table.ids), rows=len(table), width=width, dtype=settings.dtype, pooled=pooled)
+        state_bytes(tokens=len(table.ids), rows=len(table), width=width, dtype=dtype, pooled=pooled)
         for table in parts.values()
     )
     reason = lacks_room(needed, limit=int(settings.max_gib * 2**30), keep=set(keys.values()))
     if reason is not None:
         listener.say(f"warning: frozen blocks run in every epoch: {reason}")
-        return {}
+        return None
+    return PrefixPlan(blocks, pooled, width, dtype, keys)
+
+
+def streams(plan: PrefixPlan | None, recipe: Recipe, accelerator: Accelerator) -> bool:
+    """Return whether the frozen blocks need not be in memory: they run once, from the base's own float32 weights."""
+    plain = recipe.quantization is None and not recipe.model.random_init
+    return plan is not None and plain and accelerator.num_processes == 1
+
+
+def keep_prefixes(
+    model: nn.Module,
+    tables: Mapping[str, TokenTable],
+    plan: PrefixPlan,
+    *,
+    pad_id: int,
+    accelerator: Accelerator,
+    listener: Listener,
+) -> dict[str, PrefixCache]:
+    """Return the caches of a plan, by part.
+
+    Raises:
+        PrefixOverflowError: A state exceeds fp16.
+        OSError: The disk is full.
+    """
+    core = unwrapped(model)
+    core.eval()
 
     @torch.no_grad()
-    def compute(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def compute(batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         with accelerator.autocast():
-            return prefix_states(core, batch["input_ids"], batch["attention_mask"], blocks=blocks)
+            return prefix_states(core, batches, blocks=plan.blocks)
 
-    core.eval()
     caches = {}
-    try:
-        # One process computes the states, the others of the same machine then find them.
-        with accelerator.local_main_process_first():
-            for name, table in parts.items():
-                built = build_prefix_cache(
-                    table,
-                    compute,
-                    key=keys[name],
-                    width=width,
-                    blocks=blocks,
-                    pooled=pooled,
-                    dtype=settings.dtype,
-                    device=accelerator.device,
-                    pad_id=pad_id,
-                    advance=partial(_advance, listener, f"frozen blocks, {name}"),
-                )
-                caches[name] = built.to(accelerator.device)
-    except PrefixOverflowError:
-        listener.say("warning: a state of the frozen blocks exceeds fp16: kept in fp32")
-        wide = settings.model_copy(update={"dtype": "fp32"})
-        return keep_prefixes(
-            model, tables, recipe=_with_cache(recipe, wide), base=base, pad_id=pad_id, accelerator=accelerator,
-            listener=listener,
-        )  # fmt: skip
-    listener.say(_describe(caches, settings.dtype))
+    # One process computes the states, the others of the same machine then find them.
+    with accelerator.local_main_process_first():
+        for name, key in plan.keys.items():
+            built = build_prefix_cache(
+                tables[name],
+                compute,
+                key=key,
+                width=plan.width,
+                blocks=plan.blocks,
+                pooled=plan.pooled,
+                dtype=plan.dtype,
+                device=accelerator.device,
+                pad_id=pad_id,
+                advance=partial(_advance, listener, f"frozen blocks, {name}"),
+            )
+            caches[name] = built.to(accelerator.device)
+    if core.streamed is not None:
+        core.streamed.rest()
+    listener.say(_describe(caches, plan.dtype))
     return caches
 
 
@@ -112,11 +162,6 @@ def prefix_record(caches: Mapping[str, PrefixCache]) -> PrefixCacheRecord | None
         "bytes": sum(cache.nbytes for cache in caches.values()),
         "seconds": round(sum(cache.seconds for cache in caches.values()), 3),
     }
-
-
-def _with_cache(recipe: Recipe, settings: PrefixCacheSettings) -> Recipe:
-    training = recipe.training.model_copy(update={"prefix_cache": settings})
-    return recipe.model_copy(update={"training": training})
 
 
 def _advance(listener: Listener, what: str, done: int, total: int) -> None:

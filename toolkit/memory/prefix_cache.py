@@ -28,14 +28,15 @@ from toolkit.data.tokens import TokenTable
 from toolkit.evaluation.evaluate import length_sorted_batches
 from toolkit.memory.prefix_rule import BATCH_TOKENS
 
-FORMAT = 1
-CHUNK_TOKENS = 16_384
+FORMAT = 2
+# What is computed, checked and continued at a time; the states of a chunk are in memory together.
+CHUNK_TOKENS = 8_192
 DTYPES: dict[str, Any] = {"fp16": np.float16, "fp32": np.float32}
 # How much of a GPU's free memory a cache may take to stay there.
 DEVICE_SHARE = 0.3
 
 States = NDArray[np.floating[Any]]
-Compute = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+Compute = Callable[[list[dict[str, torch.Tensor]]], list[torch.Tensor]]
 
 
 class PrefixOverflowError(Exception):
@@ -145,13 +146,13 @@ def build_prefix_cache(
 
     Args:
         table: Rows.
-        compute: A padded batch, rows ascending by length, to its states (``models.flat.prefix_states``).
+        compute: Padded batches, rows ascending by length, to their states (``models.flat.prefix_states``).
         key: From ``prefix_key``.
         width: Of a state.
         blocks: Blocks that ``compute`` runs.
         pooled: Whether it returns one state a row.
         dtype: ``fp16`` or ``fp32``, of the kept states.
-        device: Where ``compute`` wants its batch.
+        device: Where ``compute`` wants its batches.
         pad_id: Fills short rows.
         advance: Hears of the rows done and of all rows.
 
@@ -237,11 +238,15 @@ def _fill(
     low, high = rows
     numbers = np.arange(low, high)
     budget = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
-    for chosen in length_sorted_batches(table.lengths_of(numbers), batch_size=budget, max_tokens=budget):
-        batch_rows = numbers[chosen[::-1]]
-        batch_rows = batch_rows[np.argsort(table.lengths_of(batch_rows), kind="stable")]
-        batch = collate(table, None, batch_rows, pad_id=pad_id)
-        states = compute({name: tensor.to(device) for name, tensor in batch.items()}).float().cpu().numpy()
+    # A batch's own rows ascending by length, equally long ones in their order.
+    chosen = [
+        numbers[np.sort(batch)][np.argsort(table.lengths_of(numbers[np.sort(batch)]), kind="stable")]
+        for batch in length_sorted_batches(table.lengths_of(numbers), batch_size=budget, max_tokens=budget)
+    ]
+    batches = [collate(table, None, batch, pad_id=pad_id) for batch in chosen]
+    found = compute([{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches])
+    for batch_rows, computed in zip(chosen, found, strict=True):
+        states = computed.float().cpu().numpy()
         if part.dtype == np.float16 and np.abs(states).max(initial=0) > np.finfo(np.float16).max:
             raise PrefixOverflowError
         sizes = offsets[batch_rows + 1] - offsets[batch_rows]

@@ -8,7 +8,8 @@ bitsandbytes, dropout and autocast do what they do in the stock forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,9 +35,14 @@ def runs_flat(model: nn.Module) -> bool:
     Not so where blocks are no longer the stock ones, as under FSDP, whose hooks sit on the blocks' own forward.
     """
     config: Any = model.config
-    if config.model_type not in FLAT or getattr(config, "add_cross_attention", False):
+    if not has_flat_form(config.to_dict()):
         return False
     return all(type(block) is FLAT[config.model_type].block_type for block in _blocks(model))
+
+
+def has_flat_form(config: Mapping[str, Any]) -> bool:
+    """Return whether a base of this config.json ``runs_flat`` where its blocks are the stock ones."""
+    return config.get("model_type") in FLAT and not config.get("add_cross_attention", False)
 
 
 def pooled_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -51,26 +57,28 @@ def pooled_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
     """
     family, flat = _families(model)
     ids, packing = pack(input_ids, attention_mask, pooling=family.pooling)
-    hidden = _run(model, flat.embed(model, ids, packing), packing, _blocks(model))
+    [hidden] = _run(model, [flat.embed(model, ids, packing)], [packing], range(len(_blocks(model))))
     return hidden.index_select(0, packing.row_of)
 
 
-def prefix_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, blocks: int) -> Tensor:
-    """Return what the first ``blocks`` blocks make of a batch: (N, width), the real tokens row after row.
+def prefix_states(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, blocks: int) -> list[Tensor]:
+    """Return what the first ``blocks`` blocks make of each batch: (N, width), the shortest row's tokens first.
 
-    If these are all blocks: (B, width), the last hidden state of the token that each row is classified by.
+    If these are all blocks: (B, width), the last hidden state of the token that each row is classified by. A block
+    sees all batches before the next one runs, so that blocks whose weights are read for it are read once.
 
     Args:
         model: A classifier that ``runs_flat``.
-        input_ids: (B, T) int64, padded on the right, rows in ascending order of length.
-        attention_mask: (B, T), 1 for real tokens.
+        batches: Each with ``input_ids`` (B, T) int64, padded, and ``attention_mask`` (B, T), 1 for real tokens.
         blocks: How many, from the first.
     """
     family, flat = _families(model)
-    if blocks == len(_blocks(model)):
-        return pooled_states(model, input_ids, attention_mask)
-    ids, packing = pack(input_ids, attention_mask, pooling=family.pooling)
-    return _run(model, flat.embed(model, ids, packing), packing, _blocks(model)[:blocks])
+    packed = [pack(batch["input_ids"], batch["attention_mask"], pooling=family.pooling) for batch in batches]
+    packings = [packing for _, packing in packed]
+    states = _run(model, [flat.embed(model, *one) for one in packed], packings, range(blocks))
+    if blocks < len(_blocks(model)):
+        return states
+    return [hidden.index_select(0, packing.row_of) for hidden, packing in zip(states, packings, strict=True)]
 
 
 def suffix_states(model: nn.Module, states: Tensor, lengths: Tensor, *, blocks: int) -> Tensor:
@@ -86,20 +94,31 @@ def suffix_states(model: nn.Module, states: Tensor, lengths: Tensor, *, blocks: 
         return states
     family, _ = _families(model)
     packing, _ = lay_out(lengths, pooling=family.pooling)
-    return _run(model, states, packing, _blocks(model)[blocks:]).index_select(0, packing.row_of)
+    [hidden] = _run(model, [states], [packing], range(blocks, len(_blocks(model))))
+    return hidden.index_select(0, packing.row_of)
 
 
-def _run(model: nn.Module, hidden: Tensor, packing: Packing, blocks: list[Any]) -> Tensor:
-    """Run consecutive blocks, and the final norm behind the last one of the model."""
+def _run(model: nn.Module, hidden: list[Tensor], packings: list[Packing], numbers: range) -> list[Tensor]:
+    """Run each batch's states through consecutive blocks, and the final norm behind the last one of the model."""
     family, flat = _families(model)
-    final = _blocks(model)[-1]
-    for block in blocks:
-        step = partial(flat.block, block, packing=packing, last=block is final)
+    blocks = _blocks(model)
+    for number in numbers:
+        block, last = blocks[number], number == len(blocks) - 1
         recompute = block.gradient_checkpointing and block.training
-        hidden = checkpoint(step, hidden, use_reentrant=False) if recompute else step(hidden)
-    if family.final_norm is not None and blocks[-1] is final:
-        hidden = model.get_submodule(family.final_norm)(hidden)
+        with _in_memory(model, number):
+            for place, packing in enumerate(packings):
+                step = partial(flat.block, block, packing=packing, last=last)
+                states = hidden[place]
+                hidden[place] = checkpoint(step, states, use_reentrant=False) if recompute else step(states)
+    if family.final_norm is not None and numbers.stop == len(blocks):
+        hidden = [model.get_submodule(family.final_norm)(states) for states in hidden]
     return hidden
+
+
+def _in_memory(model: Any, number: int) -> AbstractContextManager[None]:
+    streamed = model.streamed
+    within: bool = streamed is not None and number < streamed.count
+    return streamed.loaded(number) if within else nullcontext()
 
 
 def _families(model: nn.Module) -> tuple[Family, FlatFamily]:

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from toolkit.families import FAMILIES
 from toolkit.models.flat import pooled_states, runs_flat, suffix_states
+from toolkit.models.streamed import StreamedBlocks
 
 
 class Prefix(NamedTuple):
@@ -30,7 +31,13 @@ class Prefix(NamedTuple):
 
 
 class _FlatClassifier:
-    """The forward both classifiers share: without padding, one token a row, the head in its own dtype."""
+    """The forward both classifiers share: without padding, one token a row, the head in its own dtype.
+
+    Attributes:
+        streamed: The first blocks, where their weights stay in the base's files; else None.
+    """
+
+    streamed: StreamedBlocks | None = None
 
     def forward(
         self: Any,

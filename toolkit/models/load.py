@@ -13,7 +13,9 @@ from toolkit.config.schema import QuantizationSettings
 from toolkit.families import Family
 from toolkit.models.base import Base
 from toolkit.models.quantize import bitsandbytes_config, check_quantization, prepare_quantized
-from toolkit.models.tensors import check_finite, check_tensors, has_head
+from toolkit.models.stored import StoredTensors, check_finite
+from toolkit.models.streamed import stream_blocks
+from toolkit.models.tensors import check_tensors, has_head
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -31,6 +33,7 @@ def load_classifier(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype | None = None,
+    streamed: int = 0,
 ) -> PreTrainedModel:
     """Load a base as a sequence classifier in eval mode.
 
@@ -46,6 +49,8 @@ def load_classifier(
         device: Where the model is put.
         dtype: Of the body's unquantised weights; the head is always float32.
         compute_dtype: What 4-bit layers multiply in; None: `dtype`.
+        streamed: Blocks, from the first, whose weights stay in the base's files (`models.streamed`), as does the token
+            embedding; for float32 alone, without `random_init`.
 
     Returns:
         The classifier; `name_or_path` is `base.name_or_path`, `use_cache` is off, a pad token is set.
@@ -68,21 +73,41 @@ def load_classifier(
         if random_init:
             model = _random(model_class, config, seed=seed, quantized=quantization is not None, options=options)
         else:
-            check_tensors(base, _meta(model_class, config), head=keeps_head)
+            skeleton = _meta(model_class, config)
+            check_tensors(base, skeleton, head=keeps_head)
             check_finite(base.path)
-            # Mismatched sizes can only be those of another task's head: check_tensors has proven the rest.
-            model = model_class.from_pretrained(
-                base.path, config=config, local_files_only=True, ignore_mismatched_sizes=True, **options
-            )
+            if streamed:
+                model = _streamed(skeleton, base, blocks=streamed, keeps_head=keeps_head, device=device)
+            else:
+                # Mismatched sizes can only be those of another task's head: check_tensors has proven the rest.
+                model = model_class.from_pretrained(
+                    base.path, config=config, local_files_only=True, ignore_mismatched_sizes=True, **options
+                )
     if not keeps_head:
         seed_head(model, base.family, seed=seed)
     if quantization is not None:
         prepare_quantized(model)
-    else:
+    elif not streamed:
         model.to(device)
         for path in base.family.head:
             model.get_submodule(path).float()
     return _finish(model, base)
+
+
+def _streamed(model: Any, base: Base, *, blocks: int, keeps_head: bool, device: torch.device) -> Any:
+    stored = StoredTensors(base.path, base.family)
+    stream_blocks(model, stored, family=base.family, count=blocks, device=device)
+    for path in base.family.head:
+        head = model.get_submodule(path)
+        head.load_state_dict(
+            {
+                name: stored.read(f"{path}.{name}") if keeps_head else torch.empty(weight.shape)
+                for name, weight in head.state_dict().items()
+            },
+            assign=True,
+        )
+        head.to(device)
+    return model
 
 
 def load_language_model(

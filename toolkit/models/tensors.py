@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-import torch
 from torch import nn
 
 from toolkit.errors import ModelError, Problem
 from toolkit.families import Family
 from toolkit.models.base import Base
-from toolkit.models.headers import FLOAT_DTYPES, TensorInfo, read_tensor_headers, weight_files
+from toolkit.models.headers import FLOAT_DTYPES, TensorInfo, read_tensor_headers
 
 # Heads of other tasks, and the causal masks that old GPT-2 files store as buffers: not read, not wanted.
 OTHER_HEADS = {
@@ -75,19 +73,3 @@ def body_name(name: str, family: Family) -> str:
     """Return a name without the body's prefix, which files saved from the bare body lack, in today's spelling."""
     name = name.removeprefix(f"{family.backbone}.")
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-
-
-def check_finite(path: Path) -> None:
-    """Read every floating-point tensor of a folder once.
-
-    Raises:
-        ModelError: The first tensor that holds NaN or infinity.
-    """
-    from safetensors import safe_open
-
-    for file in weight_files(path):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is not a dict
-                tensor = tensors.get_tensor(name)
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise ModelError(Problem(str(file), name, "holds NaN or infinity", "finite weights"))

@@ -15,9 +15,10 @@ from toolkit.data.parts import Part
 from toolkit.evaluation.evaluate import predict_logits
 from toolkit.evaluation.metrics import classification_metrics, validation_metrics
 from toolkit.evaluation.mistakes import Mistake, confident_mistakes
-from toolkit.memory.prefix import keep_prefixes, prefix_record
-from toolkit.memory.prefix_cache import PrefixCache
-from toolkit.models.forward import checkpoint_activations, classify
+from toolkit.memory.prefix import PrefixPlan, keep_prefixes, plan_prefixes, prefix_record, streams
+from toolkit.memory.prefix_cache import PrefixCache, PrefixOverflowError
+from toolkit.models.flat import prefix_states
+from toolkit.models.forward import checkpoint_activations, classify, unwrapped
 from toolkit.models.load import load_classifier
 from toolkit.report.run_record import PrefixCacheRecord
 from toolkit.tasks.task import EVALUATION_BATCH, PARTS, Kind, Setup, tokenize_parts, write_artifact
@@ -38,24 +39,16 @@ class ClassificationTask:
         self._names = data.label_map.names
         self._labels = {part: _labels(getattr(data, part)) for part in PARTS}
         self.tables, self.truncated = tokenize_parts(data, tokenizer, max_length=recipe.model.max_length)
-        model = load_classifier(
-            base,
-            labels=self._names,
-            quantization=recipe.quantization,
-            seed=recipe.training.seed,
-            random_init=recipe.model.random_init,
-            device=accelerator.device,
-        )
-        self.model = apply_method(
-            model, recipe.method, family=base.family, base_name=base.name_or_path, seed=recipe.training.seed
-        )
-        use_gemm(self.model, setup.gemm)
-        if recipe.training.gradient_checkpointing:
-            checkpoint_activations(self.model)
-        self._caches = keep_prefixes(
-            self.model, self.tables, recipe=recipe, base=base, pad_id=tokenizer.pad_id, accelerator=accelerator,
-            listener=setup.listener,
-        )  # fmt: skip
+        self._gemm, self._listener = setup.gemm, setup.listener
+        plan = plan_prefixes(recipe, self.tables, base=base, accelerator=accelerator, listener=setup.listener)
+        try:
+            self._build(plan)
+        except PrefixOverflowError:
+            setup.listener.say("warning: a state of the frozen blocks exceeds fp16: kept in fp32")
+            plan = plan_prefixes(
+                recipe, self.tables, base=base, accelerator=accelerator, listener=setup.listener, dtype="fp32"
+            )
+            self._build(plan)
         self.prefix_cache: PrefixCacheRecord | None = prefix_record(self._caches)
         self.objective = ClassificationObjective(
             self.model,
@@ -65,6 +58,31 @@ class ClassificationTask:
             cache=self._caches.get("train"),
         )
         self._test_logits: Floats | None = None
+
+    def _build(self, plan: PrefixPlan | None) -> None:
+        """Load the model with its method, and keep the states of its frozen blocks if there is a plan for them."""
+        recipe, base, accelerator = self._recipe, self._base, self._accelerator
+        model = load_classifier(
+            base,
+            labels=self._names,
+            quantization=recipe.quantization,
+            seed=recipe.training.seed,
+            random_init=recipe.model.random_init,
+            device=accelerator.device,
+            streamed=plan.blocks if plan is not None and streams(plan, recipe, accelerator) else 0,
+        )
+        self.model = apply_method(
+            model, recipe.method, family=base.family, base_name=base.name_or_path, seed=recipe.training.seed
+        )
+        use_gemm(self.model, self._gemm)
+        if recipe.training.gradient_checkpointing:
+            checkpoint_activations(self.model)
+        self._caches: dict[str, PrefixCache] = {}
+        if plan is not None:
+            self._caches = keep_prefixes(
+                self.model, self.tables, plan, pad_id=self._tokenizer.pad_id, accelerator=accelerator,
+                listener=self._listener,
+            )  # fmt: skip
 
     def validate(self) -> dict[str, float]:
         """Return loss, accuracy and macro F1 of the validation rows."""
@@ -97,13 +115,25 @@ class ClassificationTask:
                 return cache.batch(rows[chosen])
             return collate(table, None, rows[chosen], pad_id=self._tokenizer.pad_id)
 
+        core = unwrapped(self.model)
+        streamed = core.streamed if cache is None else None
+        blocks = streamed.count if streamed is not None else 0 if cache is None else cache.blocks
+
+        def through_blocks(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+            states = prefix_states(core, batches, blocks=blocks)
+            lengths = [batch["attention_mask"].sum(1) for batch in batches]
+            return [{"states": one, "lengths": count} for one, count in zip(states, lengths, strict=True)]
+
         logits = predict_logits(
-            lambda batch: classify(self.model, batch, blocks=0 if cache is None else cache.blocks),
+            lambda batch: classify(self.model, batch, blocks=blocks),
             table.lengths[rows],
             collate=batch_of,
             device=self._accelerator.device,
             batch_size=EVALUATION_BATCH,
+            wave=None if streamed is None else through_blocks,
         )
+        if streamed is not None:
+            streamed.rest()
         self.model.train(was_training)
         if processes == 1:
             return logits

@@ -20,6 +20,7 @@ from toolkit.export.model import copy_tokenizer, save_model
 from toolkit.export.staging import staged_folder
 from toolkit.listener import Listener
 from toolkit.models.base import Base
+from toolkit.models.stored import StoredTensors
 from toolkit.report.run_record import PrefixCacheRecord
 from toolkit.training.gemm import Gemm
 from toolkit.training.objectives import Objective
@@ -118,7 +119,9 @@ def write_artifact(
             save_adapter(model, staging)
             copy_tokenizer(base.path, staging, model_type=base.family.model_type, max_length=max_length)
         else:
-            save_model(model, staging, tokenizer_from=base.path, max_length=max_length)
+            streamed = any(parameter.is_meta for parameter in model.parameters())
+            read = StoredTensors(base.path, base.family).pieces if streamed else None
+            save_model(model, staging, read=read, tokenizer_from=base.path, max_length=max_length)
         write_manifest(staging, artifact_facts(recipe, base=base, kind=kind, labels=labels))
 
 

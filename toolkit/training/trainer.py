@@ -98,7 +98,10 @@ class Trainer:
         self.accelerator, self.plan, self.recipe = accelerator, plan, recipe
         self.checkpoints, self.inputs = checkpoints, inputs
         self._objective = objective
-        self._wrapped, self.optimizer = accelerator.prepare(objective, optimizer)
+        # Everything is on its device already; blocks that stay on disk could not be moved.
+        streamed = any(parameter.is_meta for parameter in objective.parameters())
+        placement = [False, True] if streamed else None
+        self._wrapped, self.optimizer = accelerator.prepare(objective, optimizer, device_placement=placement)
         self._evaluate, self._observer = evaluate, observer
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self._signals = StopSignals(accelerator)

@@ -1,0 +1,104 @@
+"""Frozen blocks whose weights stay in the base's files: each is read when it runs, and then makes room for the next.
+
+With their states kept (``memory.prefix_cache``), frozen blocks run once. They need not be in memory for that: a wave of
+batches goes through one block after another, so a block is read once for thousands of tokens, and of the token
+embedding only the rows that occur are read. What is left of a model in memory is what trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from toolkit.families import Family
+from toolkit.models.stored import StoredTensors
+
+
+class StoredEmbedding(nn.Embedding):
+    """A token embedding that reads the rows it is asked for; its weight has a shape and no memory.
+
+    Args:
+        stored: Where the rows lie.
+        name: Of the weight.
+        plain: The embedding it stands for, on the meta device.
+    """
+
+    def __init__(self, stored: StoredTensors, name: str, plain: nn.Embedding) -> None:
+        super().__init__(plain.num_embeddings, plain.embedding_dim, plain.padding_idx, device="meta")
+        self._stored, self._name = stored, name
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings (..., width) of ids (...)."""
+        numbers, places = torch.unique(input.cpu(), return_inverse=True)
+        return self._stored.rows(self._name, numbers)[places].to(input.device)
+
+
+class StreamedBlocks:
+    """The first blocks of a model, of which one at a time has weights.
+
+    Args:
+        model: A classifier whose first blocks are on the meta device.
+        stored: Where their weights lie.
+        family: The architecture.
+        count: How many blocks.
+        device: Where they run.
+    """
+
+    def __init__(
+        self, model: nn.Module, stored: StoredTensors, *, family: Family, count: int, device: torch.device
+    ) -> None:
+        self._blocks, self._prefix = list(model.get_submodule(family.blocks).children()), family.blocks
+        self._stored, self._device = stored, device
+        self.count = count
+        self._weights: dict[str, torch.Tensor] = {}
+
+    @contextmanager
+    def loaded(self, number: int) -> Iterator[None]:
+        """Give one block its weights; they go to the next one that is asked for."""
+        block = self._blocks[number]
+        shapes = {name: tensor.shape for name, tensor in block.state_dict().items()}
+        for name, shape in shapes.items():
+            if name not in self._weights:
+                self._weights[name] = torch.empty(shape, device=self._device)
+            self._stored.read_into(f"{self._prefix}.{number}.{name}", self._weights[name])
+        block.load_state_dict(self._weights, assign=True)
+        try:
+            yield
+        finally:
+            block.load_state_dict(
+                {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, assign=True
+            )
+
+    def rest(self) -> None:
+        """Let the memory of the last block go."""
+        self._weights.clear()
+
+
+def stream_blocks(model: Any, stored: StoredTensors, *, family: Family, count: int, device: torch.device) -> None:
+    """Make a classifier on the meta device read its token embedding and first blocks when they run.
+
+    All other weights of the body are loaded; those of the head are the caller's to give.
+
+    Args:
+        model: The classifier; changed in place, ``model.streamed`` is set.
+        stored: Tensors of its base.
+        family: The architecture.
+        count: Blocks that are streamed.
+        device: Where the rest is put.
+    """
+    plain = model.get_input_embeddings()
+    table = next(f"{name}.weight" for name, module in model.named_modules() if module is plain)
+    model.set_input_embeddings(StoredEmbedding(stored, table, plain))
+    left = (table, *(f"{family.blocks}.{number}." for number in range(count)), *family.head)
+    resident = {name: stored.read(name).to(device) for name in model.state_dict() if not name.startswith(left)}
+    model.load_state_dict(resident, strict=False, assign=True)
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:  # DistilBERT numbers its positions in a buffer that no file holds.
+            owner, _, leaf = name.rpartition(".")
+            numbers = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
+            model.get_submodule(owner).register_buffer(leaf, numbers, persistent=False)
+    model.streamed = StreamedBlocks(model, stored, family=family, count=count, device=device)
