@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from toolkit.config.load import load_recipe
 from toolkit.errors import CheckpointError, DivergedError, OutputError
 from toolkit.finetune import finetune
+from toolkit.models.streamed import StreamedBlocks
 from toolkit.report.run_record import RunRecord
 
 __all__ = ["pico_cache"]
@@ -403,11 +404,17 @@ def test_kept_states_of_frozen_blocks_change_no_loss(recipe_file, tmp_path, fami
 @pytest.mark.parametrize("method", ["{name: last_n}", "{name: head}", "{name: lora, r: 4, layers: last_1}"])
 def test_frozen_blocks_that_stay_on_disk_change_no_bit(recipe_file, tmp_path, family, method, monkeypatch):
     path = recipe_file(family, f"method: {method}")
+    blocks, reads = 2 if "head" in method else 1, []
+    load_block = StreamedBlocks.loaded
+    monkeypatch.setattr(StreamedBlocks, "loaded", lambda self, n: reads.append(n) or load_block(self, n))
     monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path / "one"))
     streamed = finetune(load_recipe(path, [f"output.dir={tmp_path / 'streamed'}"]))
+    assert set(reads) == set(range(blocks))
+    reads.clear()
     monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path / "two"))
-    monkeypatch.setattr("toolkit.tasks.classification.streams", lambda *_: False)
+    monkeypatch.setattr("toolkit.tasks.classification.streamed_blocks", lambda *_: 0)
     whole = finetune(load_recipe(path, [f"output.dir={tmp_path / 'whole'}"]))
+    assert not reads
     kind = streamed["artifact"]["kind"]
     assert same_weights(tmp_path / "streamed" / kind, tmp_path / "whole" / kind)
     assert losses(tmp_path / "streamed") == losses(tmp_path / "whole")

@@ -14,7 +14,7 @@ from toolkit.config.schema import Recipe
 from toolkit.data.tokens import TokenTable
 from toolkit.families import FAMILIES
 from toolkit.memory.prefix_cache import DTYPES, PrefixCache
-from toolkit.models.forward import CLASSIFIERS, checkpoint_activations
+from toolkit.models.forward import CLASSIFIERS, checkpoint_activations, unwrapped
 from toolkit.training.objectives import ClassificationObjective
 from toolkit.training.optim import build_optimizer
 
@@ -60,12 +60,19 @@ def build_model(config: dict[str, Any], recipe: Recipe) -> torch.nn.Module:
     return model
 
 
-def measure(config: dict[str, Any], recipe: Recipe, lengths: list[int], *, kept: int = 0) -> Measured:
+def measure(
+    config: dict[str, Any], recipe: Recipe, lengths: list[int], *, kept: int = 0, streamed: bool = False
+) -> Measured:
     """Take two optimizer steps on one batch of these lengths and measure the second, when Adam's state exists.
 
-    With ``kept``, the states of so many blocks are drawn at random instead of computed.
+    With ``kept``, the states of so many blocks are drawn at random instead of computed, and with ``streamed`` these
+    blocks and the token embedding have no memory.
     """
     model = build_model(config, recipe)
+    if streamed:
+        core = unwrapped(model)
+        for module in [core.get_input_embeddings(), *core.get_submodule(FAMILIES[config["model_type"]].blocks)[:kept]]:
+            module.to("meta")
     table = TokenTable.from_lengths(
         np.random.default_rng(0).integers(5, config["vocab_size"], sum(lengths)).astype(np.int32),
         np.array(lengths, dtype=np.int64),
@@ -73,8 +80,9 @@ def measure(config: dict[str, Any], recipe: Recipe, lengths: list[int], *, kept:
     labels = np.arange(len(lengths), dtype=np.int64) % 2
     cache = None
     if kept:
-        pooled = kept == 3
-        shape = (len(lengths) if pooled else sum(lengths), 64)
+        family = FAMILIES[config["model_type"]]
+        pooled = kept == config[family.layers_key]
+        shape = (len(lengths) if pooled else sum(lengths), config[family.width_key])
         states = np.random.default_rng(0).standard_normal(shape).astype(DTYPES[recipe.training.prefix_cache.dtype])
         cache = PrefixCache(states, table, kept, pooled, 0.0)
     objective = ClassificationObjective(model, table=table, labels=labels, pad_id=0, cache=cache)
@@ -106,7 +114,7 @@ def measure(config: dict[str, Any], recipe: Recipe, lengths: list[int], *, kept:
 
 
 def _held(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
     tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

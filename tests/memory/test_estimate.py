@@ -20,6 +20,7 @@ LORA = {"name": "lora", "r": 8}
 TOP = {"name": "lora", "r": 8, "layers": "last_1"}
 WIDE = {"name": "lora", "r": 8, "target_modules": "all-linear"}
 LENGTHS = {2: [90, 41], 5: [128, 100, 90, 128, 60], 8: [12, 30, 30, 77, 50, 64, 9, 41]}
+WIDER = {"gpt2": {"n_embd": 384, "n_head": 6}, "distilbert": {"dim": 384, "hidden_dim": 1536, "n_heads": 6}}
 # Found: at most 0.7 % of the peak, but 1.7 % too much for DistilBERT with LoRA at its queries and values, dropping.
 TOLERANCE = 0.02
 
@@ -58,13 +59,18 @@ def test_a_step_needs_what_was_predicted(recipe, family, method, rows, checkpoin
 
 
 @pytest.mark.parametrize("family", ["gpt2", "distilbert"])
-@pytest.mark.parametrize("method", [LAST, TOP], ids=["last_n", "lora"])
+# With one block's adapters alone in memory, the pass over the frozen blocks is the peak, which no step shows.
+@pytest.mark.parametrize(
+    ("method", "streamed"), [(LAST, False), (TOP, False), (LAST, True)], ids=["last_n", "lora", "last_n_streamed"]
+)
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-def test_a_step_on_kept_states_needs_what_was_predicted(recipe, family, method, dtype):
+def test_a_step_on_kept_states_needs_what_was_predicted(recipe, family, method, dtype, streamed):
     checked = recipe(method, prefix_cache={"dtype": dtype})
-    shape = model_shape(CONFIGS[family], checked, labels=2)
+    # Wide enough that weights outweigh the states, as at full size.
+    config = {**CONFIGS[family], **WIDER[family]}
+    shape = model_shape(config, checked, labels=2)
     batch = MicroBatch.of(LENGTHS[8])
-    real = measure(CONFIGS[family], checked, LENGTHS[8], kept=shape.frozen)
+    real = measure(config, checked, LENGTHS[8], kept=shape.frozen, streamed=streamed)
     predicted = estimate(
         shape,
         batches=[batch],
@@ -75,12 +81,15 @@ def test_a_step_on_kept_states_needs_what_was_predicted(recipe, family, method, 
         low_precision=False,
         # So small that training is the peak.
         prefix=[MicroBatch.of([2])],
+        chunk_tokens=2,
+        streamed=streamed,
     )
     assert predicted.moment.startswith("training")
     assert shape.frozen == 2
     # States that are read as they are, in fp32, belong to numpy: the allocator does not see them.
-    unseen = batch.tokens * 64 * 4 if dtype == "fp32" else batch.tokens * 64 * 2
-    assert predicted.allocated_bytes == pytest.approx(real.peak + unseen, rel=0.05)
+    unseen = batch.tokens * shape.width * (4 if dtype == "fp32" else 2)
+    # Found: at most 2.3 % too little, DistilBERT with LoRA on fp32 states.
+    assert predicted.allocated_bytes == pytest.approx(real.peak + unseen, rel=0.03)
 
 
 # MB of weights and of quantisation state of the real shapes, as toolkit.models.load loads them. DistilBERT in 8 bits is

@@ -20,7 +20,7 @@ from toolkit.errors import ToolkitError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SPELLINGS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 MAX_SHARD_BYTES = 2 * 10**9
-
+# 8 MiB of float32: what a check or a cast copies at a time.
 PIECE_ELEMENTS = 2 << 20
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -100,9 +100,9 @@ def _write(file: IO[bytes], name: str, content: Content, *, shape: tuple[int, ..
     """Append a tensor, cast and checked piece by piece."""
     rows, row = 0, tuple(shape[1:])
     for piece in _pieces(content):
-        cast = piece.detach().to(device="cpu", dtype=dtype).contiguous()
         if tuple(piece.shape[1:]) != row:
-            raise ToolkitError(f"{name}: shape (…, {row}) where {shape} was planned")
+            raise ToolkitError(f"{name}: rows of shape {tuple(piece.shape[1:])} where {shape} was planned")
+        cast = piece.detach().to(device="cpu", dtype=dtype).contiguous()
         if not bool(torch.isfinite(cast).all()):
             raise ToolkitError(f"{name}: not finite as {SPELLINGS[dtype]}; choose fp32 or bf16")
         # A view of the piece's own memory: no copy is made.

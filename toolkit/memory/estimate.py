@@ -73,6 +73,8 @@ def estimate(
     device: str,
     low_precision: bool,
     prefix: Iterable[MicroBatch] = (),
+    chunk_tokens: int = 0,
+    streamed: bool = False,
 ) -> Estimate:
     """Return the largest peak over training steps and evaluations in training.
 
@@ -85,6 +87,8 @@ def estimate(
         device: ``cpu`` or ``cuda``.
         low_precision: Whether the step runs under bf16 or fp16 autocast.
         prefix: The largest batch of the pass over the frozen blocks, if their states are kept.
+        chunk_tokens: Tokens of which that pass holds the states together.
+        streamed: Whether blocks whose states are kept, and the token embedding, stay on disk.
     """
     found = []
     prefix = list(prefix)
@@ -95,7 +99,12 @@ def estimate(
     for name, batch, below in passes + [("frozen blocks", batch, 0) for batch in prefix]:
         learns = name == "training"
         tape = Tape(accumulating=accumulating)
-        for part, size in resident(shape, training=training, quantization=quantization, device=device).items():
+        held = resident(shape, training=training, quantization=quantization, device=device)
+        held["weights"] -= on_disk(shape, computing=name == "frozen blocks") if kept and streamed else 0
+        if name == "frozen blocks":
+            # The states of a chunk are in memory, and no step has made the optimizer's state yet.
+            held |= {"embeddings": FULL * chunk_tokens * shape.width, "optimizer": 0}
+        for part, size in held.items():
             tape.take(size, part)
         if learns and accumulating:
             tape.take(FULL * shape.trainable, "gradients")
@@ -139,6 +148,12 @@ def resident(
     paged = training.optimizer == "paged_adamw_8bit" and device == "cuda"
     moments = 0 if paged else optimizer_bytes(shape.trainable, training.optimizer)
     return {"weights": whole * FULL + packed + buffers, "quantisation state": state, "optimizer": moments}
+
+
+def on_disk(shape: ModelShape, *, computing: bool) -> int:
+    """Return the bytes of the token embedding and the frozen blocks, but for the one that runs while ``computing``."""
+    block = shape.block_weights + shape.block_rest
+    return FULL * (shape.embedding_tensors[0] + (shape.frozen - computing) * block)
 
 
 def _scales(shape: ModelShape, settings: QuantizationSettings) -> Iterable[int]:

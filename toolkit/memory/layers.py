@@ -118,7 +118,9 @@ class Layers:
         heads, places = self.shape.heads, batch.rows * batch.longest
         folded, scores = batch.rows * heads * width, places * heads * FULL
         own = (3 * self.shape.width * width, 3 * width)
-        query = tape.record(rows.size, (rows,), saves=(rows,), parameters=own)
+        # GPT-2 keeps the three projections in one weight: their gradients are joined. DistilBERT's are transposed.
+        copies = (3 if normed else 1) * self.shape.width * width
+        query = tape.record(rows.size, (rows,), saves=(rows,), parameters=own, workspace=copies)
         # Kept: padded states, the query folded into the keys' weights (before and behind the norm's scale), the
         # weighted states (the same), and the weights behind softmax and dropout.
         kept = places * width + (4 if normed else 2) * folded + 2 * scores

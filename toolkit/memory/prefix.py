@@ -21,7 +21,7 @@ from toolkit.memory.prefix_cache import (
     prefix_key,
     table_sha256,
 )
-from toolkit.memory.prefix_rule import state_bytes, worth_keeping
+from toolkit.memory.prefix_rule import can_stream, state_bytes, worth_keeping
 from toolkit.memory.shape import model_shape
 from toolkit.models.base import Base
 from toolkit.models.flat import has_flat_form, prefix_states
@@ -100,10 +100,9 @@ def plan_prefixes(
     return PrefixPlan(blocks, pooled, width, dtype, keys)
 
 
-def streams(plan: PrefixPlan | None, recipe: Recipe, accelerator: Accelerator) -> bool:
-    """Return whether the frozen blocks need not be in memory: they run once, from the base's own float32 weights."""
-    plain = recipe.quantization is None and not recipe.model.random_init
-    return plan is not None and plain and accelerator.num_processes == 1
+def streamed_blocks(plan: PrefixPlan | None, recipe: Recipe, accelerator: Accelerator) -> int:
+    """Return how many blocks, from the first, need not be in memory; several processes want whole models."""
+    return plan.blocks if plan is not None and can_stream(recipe) and accelerator.num_processes == 1 else 0
 
 
 def keep_prefixes(
@@ -150,6 +149,15 @@ def keep_prefixes(
         core.streamed.rest()
     listener.say(_describe(caches, plan.dtype))
     return caches
+
+
+def through_frozen(
+    model: nn.Module, batches: list[dict[str, torch.Tensor]], *, blocks: int
+) -> list[dict[str, torch.Tensor]]:
+    """Return batches of token ids as ``models.forward.classify`` takes them behind the first ``blocks`` blocks."""
+    states = prefix_states(unwrapped(model), batches, blocks=blocks)
+    lengths = [batch["attention_mask"].sum(1) for batch in batches]
+    return [{"states": one, "lengths": count} for one, count in zip(states, lengths, strict=True)]
 
 
 def prefix_record(caches: Mapping[str, PrefixCache]) -> PrefixCacheRecord | None:

@@ -26,11 +26,9 @@ from toolkit.data.batching import collate
 from toolkit.data.cache import cache_folder
 from toolkit.data.tokens import TokenTable
 from toolkit.evaluation.evaluate import length_sorted_batches
-from toolkit.memory.prefix_rule import BATCH_TOKENS
+from toolkit.memory.prefix_rule import BATCH_TOKENS, CHUNK_TOKENS
 
 FORMAT = 2
-# What is computed, checked and continued at a time; the states of a chunk are in memory together.
-CHUNK_TOKENS = 8_192
 DTYPES: dict[str, Any] = {"fp16": np.float16, "fp32": np.float32}
 # How much of a GPU's free memory a cache may take to stay there.
 DEVICE_SHARE = 0.3

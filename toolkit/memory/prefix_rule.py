@@ -8,6 +8,8 @@ BYTES = {"fp16": 2, "fp32": 4}
 # Tokens of one forward pass over the frozen blocks: as fast as any on two CPU cores, 50 MiB of activations at GPT-2's
 # width.
 BATCH_TOKENS = {"cpu": 2_048, "cuda": 16_384}
+# What is computed, checked and continued at a time; the states of a chunk are in memory together.
+CHUNK_TOKENS = 8_192
 
 
 def worth_keeping(recipe: Recipe, *, blocks: int, rows: int) -> bool:
@@ -24,6 +26,11 @@ def worth_keeping(recipe: Recipe, *, blocks: int, rows: int) -> bool:
     if training.epochs is not None:
         return training.epochs > 1
     return (training.max_steps or 0) * training.batch_size * training.gradient_accumulation_steps > rows
+
+
+def can_stream(recipe: Recipe) -> bool:
+    """Return whether blocks that run once may stay in the base's files: these hold the very weights they run with."""
+    return recipe.quantization is None and not recipe.model.random_init
 
 
 def state_bytes(*, tokens: int, rows: int, width: int, dtype: str, pooled: bool) -> int:

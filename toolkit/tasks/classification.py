@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,15 @@ from toolkit.data.parts import Part
 from toolkit.evaluation.evaluate import predict_logits
 from toolkit.evaluation.metrics import classification_metrics, validation_metrics
 from toolkit.evaluation.mistakes import Mistake, confident_mistakes
-from toolkit.memory.prefix import PrefixPlan, keep_prefixes, plan_prefixes, prefix_record, streams
+from toolkit.memory.prefix import (
+    PrefixPlan,
+    keep_prefixes,
+    plan_prefixes,
+    prefix_record,
+    streamed_blocks,
+    through_frozen,
+)
 from toolkit.memory.prefix_cache import PrefixCache, PrefixOverflowError
-from toolkit.models.flat import prefix_states
 from toolkit.models.forward import checkpoint_activations, classify, unwrapped
 from toolkit.models.load import load_classifier
 from toolkit.report.run_record import PrefixCacheRecord
@@ -69,7 +76,7 @@ class ClassificationTask:
             seed=recipe.training.seed,
             random_init=recipe.model.random_init,
             device=accelerator.device,
-            streamed=plan.blocks if plan is not None and streams(plan, recipe, accelerator) else 0,
+            streamed=streamed_blocks(plan, recipe, accelerator),
         )
         self.model = apply_method(
             model, recipe.method, family=base.family, base_name=base.name_or_path, seed=recipe.training.seed
@@ -115,22 +122,16 @@ class ClassificationTask:
                 return cache.batch(rows[chosen])
             return collate(table, None, rows[chosen], pad_id=self._tokenizer.pad_id)
 
-        core = unwrapped(self.model)
-        streamed = core.streamed if cache is None else None
-        blocks = streamed.count if streamed is not None else 0 if cache is None else cache.blocks
-
-        def through_blocks(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-            states = prefix_states(core, batches, blocks=blocks)
-            lengths = [batch["attention_mask"].sum(1) for batch in batches]
-            return [{"states": one, "lengths": count} for one, count in zip(states, lengths, strict=True)]
-
+        streamed = unwrapped(self.model).streamed if cache is None else None
+        # Blocks that the model does not have to run itself: their states are kept, or come wave by wave.
+        before = streamed.count if streamed is not None else 0 if cache is None else cache.blocks
         logits = predict_logits(
-            lambda batch: classify(self.model, batch, blocks=blocks),
+            lambda batch: classify(self.model, batch, blocks=before),
             table.lengths[rows],
             collate=batch_of,
             device=self._accelerator.device,
             batch_size=EVALUATION_BATCH,
-            wave=None if streamed is None else through_blocks,
+            wave=None if streamed is None else partial(through_frozen, self.model, blocks=before),
         )
         if streamed is not None:
             streamed.rest()
