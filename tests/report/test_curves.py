@@ -44,6 +44,22 @@ def test_both_panels_and_the_best_step(tmp_path: pathlib.Path) -> None:
     assert width > 2 * height
 
 
+def test_no_share_above_all_is_written(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    seen: list[float] = []
+    save = Figure.savefig
+
+    def look(figure: Figure, *arguments: Any, **options: Any) -> None:
+        seen.extend(float(tick) for tick in figure.axes[1].get_yticks())
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    draw_curves(history(), tmp_path / "curves.png", title="run")
+    assert len(seen) > 2
+    assert 0 <= min(seen) < max(seen) <= 1 + 1e-9
+
+
 def test_language_modelling_has_one_panel(tmp_path: pathlib.Path) -> None:
     lines = [{"step": 5, "loss": 3.0}, {"step": 5, "validation": {"loss": 2.9}}, {"step": 9, "loss": None}]
     draw_curves(lines, tmp_path / "one.png", title="run")

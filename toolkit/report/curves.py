@@ -125,7 +125,10 @@ def _draw_quality(panel: Axes, judged: Sequence[tuple[int, Mapping[str, Any]]]) 
             values = [figures[key] for _, figures in judged]
             panel.plot(steps, values, color=colour, ls=style, lw=2, marker="o", ms=4.5, label=name)
     low = min(float(panel.get_ylim()[0]), 0.95)
-    panel.set_ylim(max(0.0, low - 0.02), 1.01)
+    low = max(0.0, low - 0.02)
+    panel.set_ylim(low, 1.01)
+    # The room above 100 % is for the markers; there is nothing to read there.
+    panel.set_yticks([tick for tick in panel.get_yticks() if low <= tick <= 1 + 1e-9])
     panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     _dress(panel, "accuracy and macro F1")
 
