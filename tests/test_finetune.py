@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from toolkit.config.load import load_recipe
 from toolkit.errors import CheckpointError, DivergedError, OutputError
 from toolkit.finetune import finetune
+from toolkit.models.stored import StoredTensors
 from toolkit.models.streamed import StreamedBlocks
 from toolkit.report.run_record import RunRecord
 
@@ -412,7 +413,7 @@ def test_frozen_blocks_that_stay_on_disk_change_no_bit(recipe_file, tmp_path, fa
     assert set(reads) == set(range(blocks))
     reads.clear()
     monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path / "two"))
-    monkeypatch.setattr("toolkit.tasks.classification.streamed_blocks", lambda *_: 0)
+    monkeypatch.setattr("toolkit.tasks.classification.streamed_blocks", lambda *_: None)
     whole = finetune(load_recipe(path, [f"output.dir={tmp_path / 'whole'}"]))
     assert not reads
     kind = streamed["artifact"]["kind"]
@@ -420,6 +421,28 @@ def test_frozen_blocks_that_stay_on_disk_change_no_bit(recipe_file, tmp_path, fa
     assert losses(tmp_path / "streamed") == losses(tmp_path / "whole")
     assert streamed["metrics"] == whole["metrics"]
     assert streamed["parameters"] == whole["parameters"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+@pytest.mark.parametrize(
+    "override", ["method={name: lora, r: 4}", "method={name: last_n}", "training.gradient_checkpointing=true"]
+)
+def test_a_token_embedding_that_stays_on_disk_changes_no_bit(recipe_file, tmp_path, family, override, monkeypatch):
+    path = recipe_file(family, "method: {name: lora, r: 4}")
+    common = [override, "training.prefix_cache.enabled=false"]
+    reads, rows = [], StoredTensors.rows
+    monkeypatch.setattr(StoredTensors, "rows", lambda self, name, ids: reads.append(name) or rows(self, name, ids))
+    stored = finetune(load_recipe(path, [*common, f"output.dir={tmp_path / 'stored'}"]))
+    assert len(reads) >= stored["steps"]
+    reads.clear()
+    monkeypatch.setattr("toolkit.tasks.classification.streamed_blocks", lambda *_: None)
+    whole = finetune(load_recipe(path, [*common, f"output.dir={tmp_path / 'whole'}"]))
+    assert not reads
+    kind = stored["artifact"]["kind"]
+    assert same_weights(tmp_path / "stored" / kind, tmp_path / "whole" / kind)
+    assert losses(tmp_path / "stored") == losses(tmp_path / "whole")
+    assert stored["metrics"] == whole["metrics"]
+    assert stored["parameters"] == whole["parameters"]
 
 
 def test_states_that_may_not_be_kept_are_computed_in_every_epoch(recipe_file):

@@ -120,9 +120,11 @@ def merge(
 ) -> None:
     """Merge an adapter into its base: one standalone safetensors model, proven equal."""
     from toolkit.export.mergeable import find_mergeable
+    from toolkit.runtime import import_models
 
     # Said before torch is imported.
-    find_mergeable(run, output)
+    quantised = find_mergeable(run, output).manifest.quantization is not None
+    import_models(adapters=True, quantised=quantised)
     from toolkit.export.merge import merge_adapter
 
     report = merge_adapter(run, output, dtype=dtype, base=base, force=force)

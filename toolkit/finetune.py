@@ -112,6 +112,8 @@ def describe_inputs(data: LoadedData, base: Base) -> list[str]:
 
 def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, listener: Listener) -> RunRecord:
     from toolkit import runtime
+
+    runtime.import_models(adapters=recipe.method.name == "lora", quantised=recipe.quantization is not None)
     from toolkit.adapters.apply import parameter_report
     from toolkit.outcome import build_record, environment, error_examples, write_reports
     from toolkit.tasks import Setup, build_task

@@ -5,6 +5,7 @@ torch and accelerate are imported inside the functions, so that rooms which need
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -84,6 +85,35 @@ def seed_everything(seed: int) -> None:
     import torch
 
     torch.manual_seed(seed)
+
+
+def import_models(*, adapters: bool, quantised: bool) -> None:
+    """Import transformers' models, and peft for adapters, without what these bring along and the run has no use for.
+
+    transformers loads scipy for the losses of object detectors (35 MiB), peft loads bitsandbytes wherever it is
+    installed (45 MiB). Both are only kept out of these imports: what needs them later finds them.
+
+    Args:
+        adapters: Whether the run needs peft.
+        quantised: Whether it needs bitsandbytes.
+    """
+    _import_without("scipy", "transformers.modeling_utils", told_by=("transformers.utils", ["is_scipy_available"]))
+    if adapters and not quantised:
+        told_by = ("peft.import_utils", ["is_bnb_available", "is_bnb_4bit_available"])
+        _import_without("bitsandbytes", "peft", told_by=told_by)
+
+
+def _import_without(unused: str, name: str, *, told_by: tuple[str, list[str]]) -> None:
+    if name in sys.modules or unused in sys.modules:
+        return
+    # Python's own word for a module that cannot be imported: libraries then do without.
+    sys.modules[unused] = None  # type: ignore[assignment]
+    try:
+        importlib.import_module(name)
+        for question in told_by[1]:
+            getattr(sys.modules[told_by[0]], question).cache_clear()
+    finally:
+        del sys.modules[unused]
 
 
 def end_with_launcher() -> None:

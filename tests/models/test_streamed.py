@@ -22,7 +22,7 @@ FAMILY_NAMES = ["gpt2", "distilbert"]
 CPU = torch.device("cpu")
 
 
-def load(base: Any, *, streamed: int) -> Any:
+def load(base: Any, *, streamed: int | None) -> Any:
     return load_classifier(base, labels=("ham", "spam"), quantization=None, seed=3, device=CPU, streamed=streamed)
 
 
@@ -39,7 +39,7 @@ def test_states_are_those_of_a_model_in_memory(
     family: str, blocks: int, pico_cache: PicoFolder, base_of: BaseOf
 ) -> None:
     base = base_of(pico_cache(family))
-    whole, streamed = load(base, streamed=0), load(base, streamed=blocks)
+    whole, streamed = load(base, streamed=None), load(base, streamed=blocks)
     batches = [batch(3, 9, seed=0), batch(5, 20, seed=1)]
     with torch.no_grad():
         expected = prefix_states(whole, batches, blocks=blocks)

@@ -22,7 +22,7 @@ from toolkit.evaluation.metrics import softmax
 from toolkit.export.artifact import Artifact, find_artifact, verify_files
 from toolkit.export.trained_base import check_settings, resolve_trained_base
 from toolkit.inference.texts import read_texts
-from toolkit.runtime import choose_device
+from toolkit.runtime import choose_device, import_models
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +87,7 @@ class Classifier:
         verify_files(artifact.folder, manifest)
         base = resolve_trained_base(artifact)
         # Everything above answers without torch.
+        import_models(adapters=artifact.kind == "adapter", quantised=_quantization(artifact) is not None)
         from toolkit.adapters.save import load_adapter
         from toolkit.models.load import load_classifier
         from toolkit.training.gemm import choose_gemm, use_gemm

@@ -75,6 +75,7 @@ def estimate(
     prefix: Iterable[MicroBatch] = (),
     chunk_tokens: int = 0,
     streamed: bool = False,
+    embedding_on_disk: bool = False,
 ) -> Estimate:
     """Return the largest peak over training steps and evaluations in training.
 
@@ -89,6 +90,7 @@ def estimate(
         prefix: The largest batch of the pass over the frozen blocks, if their states are kept.
         chunk_tokens: Tokens of which that pass holds the states together.
         streamed: Whether blocks whose states are kept, and the token embedding, stay on disk.
+        embedding_on_disk: Whether the token embedding does without kept states, too.
     """
     found = []
     prefix = list(prefix)
@@ -100,7 +102,10 @@ def estimate(
         learns = name == "training"
         tape = Tape(accumulating=accumulating)
         held = resident(shape, training=training, quantization=quantization, device=device)
-        held["weights"] -= on_disk(shape, computing=name == "frozen blocks") if kept and streamed else 0
+        if kept and streamed:
+            held["weights"] -= on_disk(shape, blocks=shape.frozen - (name == "frozen blocks"))
+        elif embedding_on_disk:
+            held["weights"] -= on_disk(shape, blocks=0)
         if name == "frozen blocks":
             # The states of a chunk are in memory, and no step has made the optimizer's state yet.
             held |= {"embeddings": FULL * chunk_tokens * shape.width, "optimizer": 0}
@@ -150,10 +155,9 @@ def resident(
     return {"weights": whole * FULL + packed + buffers, "quantisation state": state, "optimizer": moments}
 
 
-def on_disk(shape: ModelShape, *, computing: bool) -> int:
-    """Return the bytes of the token embedding and the frozen blocks, but for the one that runs while ``computing``."""
-    block = shape.block_weights + shape.block_rest
-    return FULL * (shape.embedding_tensors[0] + (shape.frozen - computing) * block)
+def on_disk(shape: ModelShape, *, blocks: int) -> int:
+    """Return the bytes of the token embedding and of so many blocks."""
+    return FULL * (shape.embedding_tensors[0] + blocks * (shape.block_weights + shape.block_rest))
 
 
 def _scales(shape: ModelShape, settings: QuantizationSettings) -> Iterable[int]:

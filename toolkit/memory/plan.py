@@ -18,7 +18,14 @@ from toolkit.memory.candidates import alternatives, candidates, losses, slowness
 from toolkit.memory.estimate import Estimate, estimate
 from toolkit.memory.inputs import Inputs, Lengths, choose_device, parse_bytes, read_sizes
 from toolkit.memory.microbatch import MicroBatch
-from toolkit.memory.prefix_rule import BATCH_TOKENS, CHUNK_TOKENS, can_stream, state_bytes, worth_keeping
+from toolkit.memory.prefix_rule import (
+    BATCH_TOKENS,
+    CHUNK_TOKENS,
+    can_stream,
+    embedding_on_disk,
+    state_bytes,
+    worth_keeping,
+)
 from toolkit.memory.shape import ModelShape, model_shape
 
 EVALUATION_BATCH = 32
@@ -147,6 +154,7 @@ class _Planner:
             prefix=self._prefix(recipe, shape, train),
             chunk_tokens=min(CHUNK_TOKENS, int(train.sum())),
             streamed=can_stream(recipe),
+            embedding_on_disk=embedding_on_disk(recipe, device=self._device),
         )
 
     def _prefix(self, recipe: Recipe, shape: ModelShape, lengths: Lengths) -> list[MicroBatch]:

@@ -21,7 +21,7 @@ from toolkit.memory.prefix_cache import (
     prefix_key,
     table_sha256,
 )
-from toolkit.memory.prefix_rule import can_stream, state_bytes, worth_keeping
+from toolkit.memory.prefix_rule import can_stream, embedding_on_disk, state_bytes, worth_keeping
 from toolkit.memory.shape import model_shape
 from toolkit.models.base import Base
 from toolkit.models.flat import has_flat_form, prefix_states
@@ -100,9 +100,16 @@ def plan_prefixes(
     return PrefixPlan(blocks, pooled, width, dtype, keys)
 
 
-def streamed_blocks(plan: PrefixPlan | None, recipe: Recipe, accelerator: Accelerator) -> int:
-    """Return how many blocks, from the first, need not be in memory; several processes want whole models."""
-    return plan.blocks if plan is not None and can_stream(recipe) and accelerator.num_processes == 1 else 0
+def streamed_blocks(plan: PrefixPlan | None, recipe: Recipe, accelerator: Accelerator) -> int | None:
+    """Return how many blocks, from the first, stay on disk beside the token embedding; None: not even that.
+
+    Several processes want whole models.
+    """
+    if accelerator.num_processes > 1:
+        return None
+    if plan is not None and can_stream(recipe):
+        return plan.blocks
+    return 0 if embedding_on_disk(recipe, device=accelerator.device.type) else None
 
 
 def keep_prefixes(

@@ -29,8 +29,17 @@ def worth_keeping(recipe: Recipe, *, blocks: int, rows: int) -> bool:
 
 
 def can_stream(recipe: Recipe) -> bool:
-    """Return whether blocks that run once may stay in the base's files: these hold the very weights they run with."""
+    """Return whether frozen weights may stay in the base's files: these hold the very weights that the run needs."""
     return recipe.quantization is None and not recipe.model.random_init
+
+
+def embedding_on_disk(recipe: Recipe, *, device: str) -> bool:
+    """Return whether a step reads the rows of the token embedding from the base's files.
+
+    That takes a CPU a millisecond of a step; a CUDA device would wait for it.
+    """
+    trains = recipe.method.name == "full" or recipe.objective != "classification"
+    return can_stream(recipe) and device == "cpu" and not trains
 
 
 def state_bytes(*, tokens: int, rows: int, width: int, dtype: str, pooled: bool) -> int:

@@ -33,7 +33,7 @@ def load_classifier(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype | None = None,
-    streamed: int = 0,
+    streamed: int | None = None,
 ) -> PreTrainedModel:
     """Load a base as a sequence classifier in eval mode.
 
@@ -50,7 +50,7 @@ def load_classifier(
         dtype: Of the body's unquantised weights; the head is always float32.
         compute_dtype: What 4-bit layers multiply in; None: `dtype`.
         streamed: Blocks, from the first, whose weights stay in the base's files (`models.streamed`), as does the token
-            embedding; for float32 alone, without `random_init`.
+            embedding; for float32 alone, without `random_init`. None: the whole model is in memory.
 
     Returns:
         The classifier; `name_or_path` is `base.name_or_path`, `use_cache` is off, a pad token is set.
@@ -76,7 +76,7 @@ def load_classifier(
             skeleton = _meta(model_class, config)
             check_tensors(base, skeleton, head=keeps_head)
             check_finite(base.path)
-            if streamed:
+            if streamed is not None:
                 model = _streamed(skeleton, base, blocks=streamed, keeps_head=keeps_head, device=device)
             else:
                 # Mismatched sizes can only be those of another task's head: check_tensors has proven the rest.
@@ -87,7 +87,7 @@ def load_classifier(
         seed_head(model, base.family, seed=seed)
     if quantization is not None:
         prepare_quantized(model)
-    elif not streamed:
+    elif streamed is None:
         model.to(device)
         for path in base.family.head:
             model.get_submodule(path).float()

@@ -84,7 +84,7 @@ def stream_blocks(model: Any, stored: StoredTensors, *, family: Family, count: i
     All other weights of the body are loaded; those of the head are the caller's to give.
 
     Args:
-        model: The classifier; changed in place, ``model.streamed`` is set.
+        model: The classifier; changed in place, and its ``streamed`` is set if any block is.
         stored: Tensors of its base.
         family: The architecture.
         count: Blocks that are streamed.
@@ -101,4 +101,5 @@ def stream_blocks(model: Any, stored: StoredTensors, *, family: Family, count: i
             owner, _, leaf = name.rpartition(".")
             numbers = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
             model.get_submodule(owner).register_buffer(leaf, numbers, persistent=False)
-    model.streamed = StreamedBlocks(model, stored, family=family, count=count, device=device)
+    if count:
+        model.streamed = StreamedBlocks(model, stored, family=family, count=count, device=device)
