@@ -24,7 +24,7 @@ from toolkit.models.base import Base, resolve_base
 from toolkit.report.metrics_log import MetricsLog
 from toolkit.report.run_record import RunRecord, read_run_record
 from toolkit.run_folder import RunFolder
-from toolkit.runtime import process_rank
+from toolkit.runtime import memory_errors, process_rank
 
 if TYPE_CHECKING:
     from toolkit.training.trainer import Trainer
@@ -42,7 +42,7 @@ def finetune(recipe: Recipe, *, listener: Listener = SILENT) -> RunRecord:
     Raises:
         InputError: If recipe, data, base or run folder are wrong; nothing was written.
         DivergedError: On a non-finite loss, gradient or weight.
-        OutOfMemoryError: When a step does not fit.
+        OutOfMemoryError: When a step does not fit in its smallest form, or the model itself.
         StoppedError: After SIGINT or SIGTERM, once a checkpoint was saved.
     """
     folder = RunFolder(pathlib.Path(str(recipe.output.dir)))
@@ -57,7 +57,10 @@ def finetune(recipe: Recipe, *, listener: Listener = SILENT) -> RunRecord:
     with folder.claimed(recipe) if process_rank() == 0 else contextlib.nullcontext():
         if process_rank() == 0 and data.split is not None:
             save_split(folder.split, data.split)
-        return _train(recipe, folder=folder, data=data, base=base, listener=listener)
+        with memory_errors(
+            lambda: "out of memory (toolkit plan RECIPE --budget 2GiB says what fits; nothing saved is lost)"
+        ):
+            return _train(recipe, folder=folder, data=data, base=base, listener=listener)
 
 
 def read_inputs(recipe: Recipe, *, split: pathlib.Path | None = None) -> tuple[LoadedData, Base]:
@@ -121,6 +124,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     from toolkit.training.optim import build_optimizer
     from toolkit.training.plan import build_plan
     from toolkit.training.run_log import RunLog
+    from toolkit.training.shortage import recipe_lines
     from toolkit.training.trainer import Trainer
 
     # The machine.
@@ -185,7 +189,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
         progress=progress,
         epochs=plan.epoch_of(progress.step),
         metrics=metrics,
-        memory={"peak_bytes": peak_bytes, "kind": measured},
+        memory={"peak_bytes": peak_bytes, "kind": measured, "shortage": recipe_lines(settings, progress)},
         prefix_cache=task.prefix_cache,
         environment=environment(device, precision=precision, processes=accelerator.num_processes, gemm=gemm),
     )

@@ -5,6 +5,7 @@ torch and accelerate are imported inside the functions, so that rooms which need
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -12,9 +13,10 @@ import os
 import pathlib
 import platform
 import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from toolkit.errors import CapabilityError, Problem
+from toolkit.errors import CapabilityError, OutOfMemoryError, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
+PEFT_ASKS = ("peft.import_utils.is_bnb_available", "peft.import_utils.is_bnb_4bit_available")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "tiktoken", "safetensors")
 
 
@@ -91,29 +94,39 @@ def import_models(*, adapters: bool, quantised: bool) -> None:
     """Import transformers' models, and peft for adapters, without what these bring along and the run has no use for.
 
     transformers loads scipy for the losses of object detectors (35 MiB), peft loads bitsandbytes wherever it is
-    installed (45 MiB). Both are only kept out of these imports: what needs them later finds them.
+    installed (45 MiB).
 
     Args:
         adapters: Whether the run needs peft.
         quantised: Whether it needs bitsandbytes.
     """
-    _import_without("scipy", "transformers.modeling_utils", told_by=("transformers.utils", ["is_scipy_available"]))
-    if adapters and not quantised:
-        told_by = ("peft.import_utils", ["is_bnb_available", "is_bnb_4bit_available"])
-        _import_without("bitsandbytes", "peft", told_by=told_by)
+    with absent("scipy", "transformers.utils.is_scipy_available"):
+        importlib.import_module("transformers.modeling_utils")
+    if adapters:
+        with contextlib.nullcontext() if quantised else absent("bitsandbytes", *PEFT_ASKS):
+            importlib.import_module("peft")
 
 
-def _import_without(unused: str, name: str, *, told_by: tuple[str, list[str]]) -> None:
-    if name in sys.modules or unused in sys.modules:
+@contextlib.contextmanager
+def absent(library: str, *questions: str) -> Iterator[None]:
+    """Keep a library, unless it is there already, out of what is imported inside; it can be imported afterwards.
+
+    Args:
+        library: Its name.
+        questions: Full names of the functions that answer whether it is installed, and remember what they said.
+    """
+    if library in sys.modules:
+        yield
         return
-    # Python's own word for a module that cannot be imported: libraries then do without.
-    sys.modules[unused] = None  # type: ignore[assignment]
+    # Python's own word for a module that cannot be imported; libraries then do without.
+    sys.modules[library] = None  # type: ignore[assignment]
     try:
-        importlib.import_module(name)
-        for question in told_by[1]:
-            getattr(sys.modules[told_by[0]], question).cache_clear()
+        yield
     finally:
-        del sys.modules[unused]
+        del sys.modules[library]
+        for question in questions:
+            module, _, name = question.rpartition(".")
+            getattr(sys.modules[module], name).cache_clear()
 
 
 def end_with_launcher() -> None:
@@ -142,6 +155,29 @@ def use_huge_pages() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory is out; torch has a class of its own for CUDA alone."""
+    import torch
+
+    words = ("can't allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+
+
+@contextlib.contextmanager
+def memory_errors(line: Callable[[], str]) -> Iterator[None]:
+    """Turn what libraries raise when memory is out into the one line that says what to change.
+
+    Raises:
+        OutOfMemoryError: In the place of theirs.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(line()) from error
+
+
 def return_freed_memory() -> None:
     """Hand memory that was freed back to the system; glibc and Arrow keep 70 MiB of it after reading 2 million rows."""
     import pyarrow as pa
@@ -151,6 +187,8 @@ def return_freed_memory() -> None:
         import ctypes
 
         ctypes.CDLL(None).malloc_trim(0)
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+        sys.modules["torch"].cuda.empty_cache()
 
 
 def reset_peak_memory(device: torch.device) -> None:

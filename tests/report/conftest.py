@@ -67,7 +67,7 @@ RECORD: RunRecord = {
         },
     },
     "timing": {"train_seconds": 251.3, "total_seconds": 290.2, "tokens_per_second": 812.4},
-    "memory": {"peak_bytes": 1_502_341_120, "kind": "resident set"},
+    "memory": {"peak_bytes": 1_502_341_120, "kind": "resident set", "shortage": []},
     "prefix_cache": None,
     "environment": {
         "python": "3.11.4",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from toolkit.adapters.methods import FIELD, peft_config, target_modules, unmatch
 from toolkit.config.schema import FullMethod, HeadMethod, LastNMethod, LoraMethod
 from toolkit.errors import CheckpointError, Problem, RecipeError
 from toolkit.families import Family
+from toolkit.runtime import PEFT_ASKS, absent
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -92,7 +94,10 @@ def inject(model: PreTrainedModel, config: LoraConfig) -> nn.Module:
     """Return peft's wrapper of a model, without the warning that its own look at the model causes."""
     from peft import get_peft_model
 
-    with warnings.catch_warnings():
+    # peft would load bitsandbytes to see whether a layer is one of its.
+    quantised = getattr(model, "is_quantized", False)
+    spared = contextlib.nullcontext() if quantised else absent("bitsandbytes", *PEFT_ASKS)
+    with warnings.catch_warnings(), spared:
         # peft 0.21 reads is_gradient_checkpointing, which transformers 5.23 renamed.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         adapted: nn.Module = get_peft_model(model, config)

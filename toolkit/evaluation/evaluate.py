@@ -54,6 +54,26 @@ def _waves(batches: Iterable[NDArray[np.int64]], lengths: NDArray[np.integer]) -
         yield wave
 
 
+def _in_halves(forward: Callable[[Batch], torch.Tensor], batch: Batch) -> torch.Tensor:
+    """Return the logits (B, C) of a batch, computed in halves where the whole does not fit into memory."""
+    import torch
+
+    from toolkit.runtime import is_out_of_memory, return_freed_memory
+
+    count = len(next(iter(batch.values())))
+    try:
+        return forward(batch)
+    except (RuntimeError, MemoryError) as error:
+        # States without padding do not fall into halves.
+        if count == 1 or "states" in batch or not is_out_of_memory(error):
+            raise
+    return_freed_memory()
+    halves = [
+        {name: tensor[part] for name, tensor in batch.items()} for part in (slice(count // 2), slice(count // 2, None))
+    ]
+    return torch.cat([_in_halves(forward, half) for half in halves])
+
+
 def predict_logits(
     forward: Callable[[Batch], torch.Tensor],
     lengths: NDArray[np.integer],
@@ -91,7 +111,7 @@ def predict_logits(
         for together in [[rows] for rows in chosen] if wave is None else _waves(chosen, lengths):
             batches = [{name: tensor.to(device) for name, tensor in collate(rows).items()} for rows in together]
             for rows, batch in zip(together, batches if wave is None else wave(batches), strict=True):
-                part = forward(batch).float().cpu().numpy()
+                part = _in_halves(forward, batch).float().cpu().numpy()
                 if logits is None:
                     logits = np.empty((len(lengths), part.shape[1]), dtype=np.float32)
                 logits[rows] = part

@@ -109,10 +109,17 @@ class TimingRecord(TypedDict):
 
 
 class MemoryRecord(TypedDict):
-    """Peak memory of training in bytes, and what was measured: ``resident set`` or ``cuda allocated``."""
+    """Peak memory of training.
+
+    Attributes:
+        peak_bytes: In bytes.
+        kind: What was measured: ``resident set`` or ``cuda allocated``.
+        shortage: Recipe lines that say from the start what the run did when memory ran out; none where it sufficed.
+    """
 
     peak_bytes: int
     kind: str
+    shortage: list[str]
 
 
 class PrefixCacheRecord(TypedDict):

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from toolkit.config.schema import Recipe
 from toolkit.listener import Listener
 from toolkit.report.metrics_log import MetricsLog
-from toolkit.training.trainer import StepRecord
+from toolkit.training.observer import StepRecord
 
 
 class RunLog:
@@ -59,6 +59,10 @@ class RunLog:
             self._metrics.append({"step": step, "validation": dict(metrics)})
         self._track({f"validation/{name}": value for name, value in metrics.items()}, step)
         self._listener.evaluated(step, metrics)
+
+    def warned(self, line: str) -> None:
+        """Pass a warning on."""
+        self._listener.say(line)
 
     def _track(self, values: dict[str, float], step: int) -> None:
         if self._recipe.output.tracker is not None:

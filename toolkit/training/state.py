@@ -32,7 +32,9 @@ class Progress:
         train_seconds: Time spent in steps alone.
         pending_loss: Sum of the step losses since the last log line.
         pending_steps: Number of those steps.
-        losses: Step numbers and evaluation results so far.
+        evaluated: Evaluation results so far, by step.
+        pieces: Into how many each micro-batch is cut, since memory ran short (``training.shortage``).
+        recomputing: Whether activations are recomputed for the same reason.
     """
 
     step: int = 0
@@ -47,6 +49,8 @@ class Progress:
     pending_loss: float = 0.0
     pending_steps: int = 0
     evaluated: dict[str, dict[str, float]] = field(default_factory=dict)
+    pieces: int = 1
+    recomputing: bool = False
 
 
 def capture(

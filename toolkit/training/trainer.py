@@ -6,10 +6,9 @@ import math
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -18,52 +17,19 @@ from torch import nn
 
 from toolkit.adapters.apply import load_trainable_state
 from toolkit.config.schema import Recipe
-from toolkit.errors import DivergedError, OutOfMemoryError, StoppedError
-from toolkit.runtime import resident_bytes
+from toolkit.errors import DivergedError, StoppedError
+from toolkit.models.forward import checkpoint_activations
+from toolkit.runtime import is_out_of_memory, memory_errors, resident_bytes, return_freed_memory
 from toolkit.training.checkpoint import Checkpoint, load_checkpoint, rotate, save_checkpoint, steps_on_disk
+from toolkit.training.observer import Observer, StepRecord
 from toolkit.training.optim import learning_rate
-from toolkit.training.plan import StepPlan
+from toolkit.training.plan import Rows, StepPlan
+from toolkit.training.shortage import advice, describe, go_smaller, nothing_left, split_rows
 from toolkit.training.signals import StopSignals
 from toolkit.training.state import Progress, capture, restore
 
 # Gradients are whole tensors in every process.
 PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one line of metrics.jsonl says of training.
-
-    Attributes:
-        step: Optimizer steps done.
-        epoch: Passes over the rows done.
-        loss: Mean loss over the steps since the last line.
-        learning_rate: Rate of this step.
-        grad_norm: Norm of the gradient before clipping.
-        tokens_per_second: Real tokens over the time of all steps so far.
-        memory_bytes: Memory held now: allocated on CUDA, resident on a CPU.
-    """
-
-    step: int
-    epoch: float
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    tokens_per_second: float
-    memory_bytes: int
-
-
-class Observer(Protocol):
-    """Hears of training while it happens."""
-
-    def step(self, step: int, loss: float) -> None:
-        """Hear a step and its mean loss."""
-
-    def logged(self, record: StepRecord) -> None:
-        """Hear a log line."""
-
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hear a validation result."""
 
 
 class Trainer:
@@ -110,6 +76,8 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
         self.progress = restore(checkpoint, self.model, self.optimizer, self.accelerator)
+        if self.progress.recomputing:
+            checkpoint_activations(self.model)
 
     def fit(self) -> Progress:
         """Train to the end of the plan, or until patience runs out; leave the best weights in the model.
@@ -128,14 +96,8 @@ class Trainer:
 
     def _timed_step(self) -> float:
         started = time.perf_counter()
-        try:
+        with memory_errors(self._out_of_memory):
             record = self._step(self.progress.step)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(self._memory_advice()) from error
-        except RuntimeError as error:
-            if "can't allocate memory" not in str(error):
-                raise
-            raise OutOfMemoryError(self._memory_advice()) from error
         elapsed = time.perf_counter() - started
         self.progress.train_seconds += elapsed
         self.progress.seconds += elapsed
@@ -144,15 +106,7 @@ class Trainer:
 
     def _step(self, step: int) -> float:
         """Take one optimizer step over a global batch and return its mean loss."""
-        rows = self.plan.micro_batches(step, rank=self.accelerator.process_index)
-        batches = [self._objective.batch(part, step=step) for part in rows]
-        # The mean is over the whole window, so a short last one and uneven processes weigh every row alike.
-        weight = self._total(sum(self._objective.weight(batch) for batch in batches))
-        tokens = self._total(float(sum(self._objective.tokens(batch) for batch in batches)))
-        self._wrapped.train()
-        loss = 0.0
-        for index, batch in enumerate(batches):
-            loss += self._backward(self._to_device(batch), weight, last=index == len(batches) - 1)
+        loss, tokens = self._gradients(step)
         loss = self._total(loss)
         self._check_finite(loss, "loss", step)
         self._grad_norm = self._clip()
@@ -166,6 +120,36 @@ class Trainer:
         self._check_weights(step)
         self.progress.tokens += int(tokens)
         return loss
+
+    def _gradients(self, step: int) -> tuple[float, float]:
+        """Fill the gradients of a step, in smaller pieces where it does not fit; return mean loss share and tokens."""
+        rows = self.plan.micro_batches(step, rank=self.accelerator.process_index)
+        training, progress = self.recipe.training, self.progress
+        self._wrapped.train()
+        while (done := self._attempt(split_rows(rows, progress.pieces), step)) is None:
+            self.optimizer.zero_grad()
+            return_freed_memory()
+            if not go_smaller(progress, self.model, training, rows=max(len(part) for part in rows)):
+                raise nothing_left(progress, self._last_good())
+            self._observer.warned(describe(training, progress))
+        return done
+
+    def _attempt(self, rows: list[Rows], step: int) -> tuple[float, float] | None:
+        """Return mean loss share and tokens of a step, or None where memory was out."""
+        try:
+            batches = [self._objective.batch(part, step=step) for part in rows]
+            # The mean is over the whole window, so a short last one and uneven processes weigh every row alike.
+            weight = self._total(sum(self._objective.weight(batch) for batch in batches))
+            tokens = self._total(float(sum(self._objective.tokens(batch) for batch in batches)))
+            loss = 0.0
+            for index, batch in enumerate(batches):
+                loss += self._backward(self._to_device(batch), weight, last=index == len(batches) - 1)
+            return loss, tokens
+        except (RuntimeError, MemoryError) as error:
+            # The other processes of a launch wait for this one's gradients: there is no way back.
+            if self.accelerator.num_processes > 1 or not is_out_of_memory(error):
+                raise
+            return None
 
     def _backward(self, batch: dict[str, torch.Tensor], weight: float, *, last: bool) -> float:
         """Add one micro-batch's share of the mean loss to the gradients; return that share."""
@@ -213,18 +197,8 @@ class Trainer:
         steps = steps_on_disk(self.checkpoints)
         return f"the last checkpoint, step {steps[0]}, is finite" if steps else "no checkpoint was saved yet"
 
-    def _memory_advice(self) -> str:
-        training = self.recipe.training
-        budget = training.max_tokens_per_batch
-        name, size = ("batch_size", training.batch_size) if budget is None else ("max_tokens_per_batch", budget)
-        half = max(1, size // 2)
-        wider = training.gradient_accumulation_steps * (size // half)
-        setting = (
-            f"training.{name}={half} training.gradient_accumulation_steps={wider} keeps the effective batch"
-            if size > 1
-            else "training.gradient_checkpointing=true or a smaller model.max_length"
-        )
-        return f"out of memory at step {self.progress.step + 1} (try {setting}; {self._last_good()})"
+    def _out_of_memory(self) -> str:
+        return advice(self.recipe.training, self.progress, self._last_good())
 
     def _after_step(self, loss: float) -> None:
         progress, step = self.progress, self.progress.step
@@ -272,7 +246,8 @@ class Trainer:
         if self._evaluate is None:
             return False
         started = time.perf_counter()
-        metrics = self._evaluate()
+        with memory_errors(self._out_of_memory):
+            metrics = self._evaluate()
         progress = self.progress
         progress.seconds += time.perf_counter() - started
         progress.evaluated[str(progress.step)] = metrics

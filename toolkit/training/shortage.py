@@ -1,0 +1,72 @@
+"""What a run does when a step does not fit: the same step in smaller pieces, then with activations recomputed."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import nn
+
+from toolkit.config.schema import TrainingSettings
+from toolkit.errors import OutOfMemoryError
+from toolkit.models.forward import checkpoint_activations
+from toolkit.training.plan import Rows
+from toolkit.training.state import Progress
+
+
+def split_rows(micro_batches: list[Rows], pieces: int) -> list[Rows]:
+    """Return micro-batches cut into ``pieces`` of about equal size; the optimizer step sees the same rows."""
+    if pieces == 1:
+        return micro_batches
+    return [part for rows in micro_batches for part in np.array_split(rows, min(pieces, max(len(rows), 1)))]
+
+
+def go_smaller(progress: Progress, model: nn.Module, training: TrainingSettings, *, rows: int) -> bool:
+    """Change what the next attempt of a step needs; return whether there is anything left to change.
+
+    Args:
+        progress: Its ``pieces`` and ``recomputing`` are changed.
+        model: Checkpoints its activations, once micro-batches are single rows.
+        training: Whether it does so already.
+        rows: Of the largest micro-batch as the recipe wants it.
+    """
+    if progress.pieces < rows:
+        progress.pieces = min(2 * progress.pieces, rows)
+        return True
+    if training.gradient_checkpointing or progress.recomputing:
+        return False
+    progress.recomputing = True
+    checkpoint_activations(model)
+    return True
+
+
+def recipe_lines(training: TrainingSettings, progress: Progress) -> list[str]:
+    """Return the settings that would have done from the start what shortage made the run do."""
+    lines = []
+    if progress.pieces > 1:
+        by_tokens = training.max_tokens_per_batch
+        name, size = ("batch_size", training.batch_size) if by_tokens is None else ("max_tokens_per_batch", by_tokens)
+        smaller = -(-size // progress.pieces)
+        steps = training.gradient_accumulation_steps * -(-size // smaller)
+        lines = [f"training.{name}={smaller}", f"training.gradient_accumulation_steps={steps}"]
+    return [*lines, "training.gradient_checkpointing=true"] if progress.recomputing else lines
+
+
+def describe(training: TrainingSettings, progress: Progress) -> str:
+    """Return the line that is printed when a step is taken again."""
+    lines = " ".join(recipe_lines(training, progress))
+    return f"warning: step {progress.step + 1} did not fit into memory; it is taken again as if with {lines}"
+
+
+def advice(training: TrainingSettings, progress: Progress, last_good: str) -> str:
+    """Return the line of a step that cannot be taken again, which names the settings to change."""
+    smaller = training.batch_size > 1 or training.max_tokens_per_batch is not None
+    lines = recipe_lines(training, Progress(pieces=2) if smaller else Progress(recomputing=True))
+    keeps = " keeps the effective batch" if smaller else ""
+    return f"out of memory at step {progress.step + 1} (try {' '.join(lines)}{keeps}; {last_good})"
+
+
+def nothing_left(progress: Progress, last_good: str) -> OutOfMemoryError:
+    """Return the error of a step that does not fit in its smallest form."""
+    return OutOfMemoryError(
+        f"out of memory at step {progress.step + 1}, one row at a time and with activations recomputed "
+        f"(try a smaller model.max_length, method.name=lora or quantization.bits=4; {last_good})"
+    )
