@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
 import os
 import pathlib
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import typer
@@ -182,12 +186,45 @@ def predict(
         sys.stdout.flush()
 
 
+class _Terminated(BaseException):
+    """SIGTERM, where no training is under way that would save first."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does: what is half-written is taken away on the way out."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code.
 
     Args:
         arguments: Words after the program's name; None takes them from ``sys.argv``.
     """
+    try:
+        with _terminable():
+            return _main(arguments)
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        return 130
+    except _Terminated:
+        print_error("terminated")
+        return 143
+
+
+def _main(arguments: list[str] | None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     words = sys.argv[1:] if arguments is None else arguments
     if not words:
@@ -196,12 +233,15 @@ def main(arguments: list[str] | None = None) -> int:
         result = app(words, standalone_mode=False, prog_name="toolkit")
         # Here, where a reader that has gone is noticed, and not while Python shuts down.
         sys.stdout.flush()
+        if result == 130:
+            # What typer makes of Ctrl-C.
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except typer.TyperException as error:
         print_error(f"toolkit: {_one_line(error)} (toolkit --help lists the commands and their options)")
         return 2
     except typer.Abort:
-        return 130
+        raise KeyboardInterrupt from None
     except (BrokenPipeError, SystemExit) as error:
         # typer and rich answer a broken pipe with an exit code of 1.
         if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
@@ -209,9 +249,6 @@ def main(arguments: list[str] | None = None) -> int:
         # The reader has gone; Python would complain once more while it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
-        print_error("interrupted")
-        return 130
     except ToolkitError as error:
         if "--debug" in words:
             traceback.print_exc()

@@ -7,6 +7,8 @@ before recipe, data and base have been checked.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import pathlib
 import sys
 import types
@@ -159,7 +161,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
         plan=plan,
         recipe=recipe,
         checkpoints=folder.checkpoints,
-        inputs=_hashes(data, base),
+        inputs=_hashes(data, base, tokenizer.sha256),
         evaluate=task.validate if len(task.tables["validation"]) else None,
         observer=log,
     )
@@ -224,7 +226,7 @@ def resume(trainer: Trainer, checkpoints: pathlib.Path, listener: Listener) -> N
     Raises:
         CheckpointError: If there are checkpoints and none is valid, or data or base are others than before.
     """
-    from toolkit.training.checkpoint import newest_valid
+    from toolkit.training.checkpoint import discard, newest_valid
 
     checkpoint, skipped = newest_valid(checkpoints)
     for name, reason in skipped.items():
@@ -242,12 +244,17 @@ def resume(trainer: Trainer, checkpoints: pathlib.Path, listener: Listener) -> N
             Problem(str(checkpoint.path), name, "is not what this run began with", "the old one, or another output.dir")
             for name in changed
         )
+    if process_rank() == 0:
+        discard(checkpoints, skipped)
     trainer.resume(checkpoint)
     listener.say(f"resuming after step {checkpoint.step}")
 
 
-def _hashes(data: LoadedData, base: Base) -> dict[str, str]:
-    return {"base": base.fingerprint, **{f"data {origin.name}": origin.sha256 for origin in data.origins}}
+def _hashes(data: LoadedData, base: Base, tokenizer: str) -> dict[str, str]:
+    files = {f"data {origin.name}": origin.sha256 for origin in data.origins}
+    # The fingerprint leaves out what a classifier's answers don't depend on; training depends on the dropout there too.
+    config = hashlib.sha256(json.dumps(base.config, sort_keys=True).encode()).hexdigest()
+    return {"base": base.fingerprint, "base config.json": config, "base tokenizer": tokenizer, **files}
 
 
 class _Story(types.ModuleType):

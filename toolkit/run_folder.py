@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,12 @@ from toolkit.errors import InputError, OutputError, Problem, RecipeError
 
 # Settings that may differ between a run and its resumption: they change no weight.
 FREE = ("output",)
+# What the atomic writers of files and folders stage beside their target, by the names that a run holds.
+STAGED = (
+    "recipe.yaml", "result.json", "metrics.jsonl", "split.json", "report.html", "README.md", "curves.png",
+    "confusion.png", "adapter", "model",
+)  # fmt: skip
+LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, STAGED))})-[a-z0-9_]{{8}}")
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,11 @@ class RunFolder:
         """Folder of ``step-N`` checkpoints."""
         return self.path / "checkpoints"
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run's record was written, which is the last thing that a run does."""
+        return self.result.is_file()
+
     def state(self, recipe: Recipe) -> str:
         """Return ``new``, ``unfinished`` or ``finished``, writing nothing.
 
@@ -68,7 +80,7 @@ class RunFolder:
             raise OutputError(Problem(where, "output.dir", f"{parent} is a file", "a folder for the run"))
         if not os.access(parent, os.W_OK | os.X_OK):
             raise OutputError(Problem(where, "output.dir", "is not writable", "a folder you may write to"))
-        if not self.path.exists() or not any(name.name != ".lock" for name in self.path.iterdir()):
+        if not self.path.exists() or all(entry.name == ".lock" or _is_leftover(entry) for entry in self.path.iterdir()):
             return "new"
         if not self.recipe.is_file():
             raise OutputError(
@@ -77,7 +89,7 @@ class RunFolder:
         if recipe.output.overwrite:
             return "new"
         self._refuse_changes(recipe)
-        return "finished" if self.result.is_file() else "unfinished"
+        return "finished" if self.finished else "unfinished"
 
     def _refuse_changes(self, recipe: Recipe) -> None:
         try:
@@ -112,9 +124,16 @@ class RunFolder:
             wrong = f"cannot be made: {error.strerror}"
             raise OutputError(Problem(str(self.path), "output.dir", wrong, "a folder you may write to")) from error
         with _locked(self.path / ".lock", str(self.path)):
+            self._sweep()
             if recipe.output.overwrite:
                 self._clear()
             new = not self.recipe.exists()
+            if not new:
+                # Another run may have begun, and even ended, since ``state`` looked.
+                self._refuse_changes(recipe)
+                if self.finished:
+                    wrong, right = "another process has just finished this run", "the same command shows its result"
+                    raise OutputError(Problem(str(self.path), "output.dir", wrong, right))
             if new:
                 write_file_atomically(self.recipe, dump_recipe(recipe))
             try:
@@ -133,14 +152,31 @@ class RunFolder:
             with contextlib.suppress(OSError):  # Another run may live beside this one by now.
                 folder.rmdir()
 
-    def _clear(self) -> None:
+    def _sweep(self) -> None:
+        """Delete what killed writers left half-written."""
         for entry in self.path.iterdir():
-            if entry.name == ".lock":
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+            if _is_leftover(entry):
+                _remove(entry)
+
+    def _clear(self) -> None:
+        # The record goes first and the recipe last: killed in between, the folder is an unfinished run, never a
+        # finished one without its model, and never a stranger's.
+        others = [entry for entry in self.path.iterdir() if entry not in (self.result, self.recipe)]
+        for entry in (self.result, *others, self.recipe):
+            if entry.name != ".lock" and entry.exists():
+                _remove(entry)
+
+
+def _is_leftover(entry: pathlib.Path) -> bool:
+    """Whether this is a file or folder that was staged and never renamed (``.recipe.yaml-x1y2z3w4``)."""
+    return bool(LEFTOVER.fullmatch(entry.name))
+
+
+def _remove(entry: pathlib.Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:

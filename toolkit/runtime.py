@@ -131,7 +131,9 @@ def absent(library: str, *questions: str) -> Iterator[None]:
 
 def end_with_launcher() -> None:
     """On Linux, receive SIGTERM when the launcher dies: it does not pass signals on."""
-    if platform.system() != "Linux" or "LOCAL_RANK" not in os.environ:
+    # torchrun sets LOCAL_RANK; accelerate launch does not for a single process.
+    launched = {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ)
+    if platform.system() != "Linux" or not launched:
         return
     import ctypes
     import signal

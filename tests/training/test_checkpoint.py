@@ -9,8 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from toolkit.errors import CheckpointError, OutputError
 from toolkit.training import checkpoint as module
-from toolkit.training.checkpoint import load_checkpoint, newest_valid, rotate, save_checkpoint, steps_on_disk
+from toolkit.training.checkpoint import (
+    discard,
+    load_best,
+    load_checkpoint,
+    newest_valid,
+    rotate,
+    save_checkpoint,
+    steps_on_disk,
+)
 
 
 def save(root: Path, step: int) -> Path:
@@ -114,7 +123,9 @@ def test_a_failing_save_leaves_the_older_one_and_no_half(tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(module, call, fail)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(
+            OutputError, match=r"No space left on device: [\d,]+ bytes free .at least [\d,]+ bytes needed"
+        ):
             save(tmp_path, 2)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step-1"]
     assert newest_valid(tmp_path)[0].step == 1
@@ -138,6 +149,35 @@ def test_rotation_deletes_nothing_before_the_newest_verifies(tmp_path):
     for step in range(1, 5):
         save(tmp_path, step)
     (tmp_path / "step-4" / "state.json").write_text("{}")
-    with pytest.raises(ValueError, match="checksum"):
+    with pytest.raises(CheckpointError, match=r"step-4: was written and .* checksum"):
         rotate(tmp_path, keep=1, protected=set())
     assert steps_on_disk(tmp_path) == [4, 3, 2, 1]
+
+
+def test_a_damaged_best_one_makes_the_newer_ones_useless(tmp_path):
+    """The run would end without the weights it promised; an older start finds them again."""
+    for step, best in ((1, None), (2, 2), (3, 2)):
+        save_checkpoint(
+            tmp_path, step, tensors={"trainable": {}}, state={"progress": {"step": step, "best_step": best}}
+        )
+    assert newest_valid(tmp_path)[0].step == 3
+    (tmp_path / "step-2" / "state.json").write_text("{}")
+    found, skipped = newest_valid(tmp_path)
+    assert found.step == 1
+    assert skipped == {
+        "step-3": "the best one until then, step-2, cannot be used: state.json does not match its checksum",
+        "step-2": "state.json does not match its checksum",
+    }
+    with pytest.raises(CheckpointError, match="step-2: the best checkpoint was damaged"):
+        load_best(tmp_path / "step-2")
+
+
+def test_discarded_ones_are_out_of_the_way_and_go_with_the_next_rotation(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    for _ in range(2):
+        discard(tmp_path, ["step-3"])
+        assert steps_on_disk(tmp_path) == [2, 1]
+        save(tmp_path, 3)
+    rotate(tmp_path, keep=5, protected=set())
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step-1", "step-2", "step-3"]

@@ -100,7 +100,8 @@ def merge_adapter(
     verify_files(artifact.folder, artifact.manifest)
     found = resolve_trained_base(artifact, base=base, force=force)
     manifest = artifact.manifest
-    tokenizer = load_tokenizer(found.path, kind=found.family.tokenizer)
+    # The tokenizer trained with stands in the artifact; the base's files may have changed since.
+    tokenizer = load_tokenizer(artifact.folder, kind=found.family.tokenizer)
     bits = manifest.quantization["bits"] if artifact.kind == "adapter" and manifest.quantization else None
     # The live model comes first: it refuses a damaged adapter before anything is written.
     reference = reference_logits(_live(artifact, found), tokenizer, max_length=manifest.max_length, bits=bits)
@@ -111,7 +112,7 @@ def merge_adapter(
             staging,
             skeleton,
             read,
-            tokenizer_from=found.path,
+            tokenizer_from=artifact.folder,
             dtype=dtype,
             max_length=manifest.max_length,
             max_shard_bytes=max_shard_bytes,

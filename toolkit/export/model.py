@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from toolkit.durable import room_on_disk
 from toolkit.errors import ModelError, Problem
 from toolkit.export.staging import check_output, check_space, staged_folder
 from toolkit.export.stream import DTYPES, MAX_SHARD_BYTES, Content, Read, Shapes, write_tensors
@@ -100,10 +101,12 @@ def write_model_files(
     """
     shapes = tensor_shapes(model)
     kind = DTYPES[dtype]
-    check_space(folder, needed=sum(torch.Size(shape).numel() for shape in shapes.values()) * kind.itemsize)
-    _write_json(folder / "config.json", stored_config(model, dtype=kind))
-    copy_tokenizer(tokenizer_from, folder, model_type=model.config.model_type, max_length=max_length)
-    return write_tensors(folder, shapes, read, dtype=kind, max_shard_bytes=max_shard_bytes)
+    needed = sum(torch.Size(shape).numel() for shape in shapes.values()) * kind.itemsize
+    check_space(folder, needed=needed)
+    with room_on_disk(folder, needed=needed):
+        _write_json(folder / "config.json", stored_config(model, dtype=kind))
+        copy_tokenizer(tokenizer_from, folder, model_type=model.config.model_type, max_length=max_length)
+        return write_tensors(folder, shapes, read, dtype=kind, max_shard_bytes=max_shard_bytes)
 
 
 def tensor_shapes(model: PreTrainedModel) -> Shapes:

@@ -105,8 +105,8 @@ def _write(file: IO[bytes], name: str, content: Content, *, shape: tuple[int, ..
         cast = piece.detach().to(device="cpu", dtype=dtype).contiguous()
         if not bool(torch.isfinite(cast).all()):
             raise ToolkitError(f"{name}: not finite as {SPELLINGS[dtype]}; choose fp32 or bf16")
-        # A view of the piece's own memory: no copy is made.
-        cast.reshape(-1).view(torch.uint8).numpy().tofile(file)
+        # A view of the piece's own memory: no copy is made. tofile() raises errors without a number.
+        file.write(cast.reshape(-1).view(torch.uint8).numpy().data)
         rows += len(piece)
     if rows != math.prod(shape[:1]):
         raise ToolkitError(f"{name}: {rows} rows where {shape} was planned")

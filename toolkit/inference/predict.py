@@ -101,7 +101,8 @@ class Classifier:
         use_gemm(trained, choose_gemm("auto", target))
         return cls(
             trained,
-            load_tokenizer(base.path, kind=base.family.tokenizer),
+            # The one trained with; the base's files may have changed since.
+            load_tokenizer(artifact.folder, kind=base.family.tokenizer),
             labels=manifest.labels,
             max_length=manifest.max_length,
             device=target,

@@ -125,7 +125,7 @@ def keep_prefixes(
 
     Raises:
         PrefixOverflowError: A state exceeds fp16.
-        OSError: The disk is full.
+        OutputError: The disk is full.
     """
     core = unwrapped(model)
     core.eval()

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from toolkit.data.batching import collate
 from toolkit.data.cache import cache_folder
 from toolkit.data.tokens import TokenTable
+from toolkit.durable import room_on_disk
 from toolkit.evaluation.evaluate import length_sorted_batches
 from toolkit.memory.prefix_rule import BATCH_TOKENS, CHUNK_TOKENS
 
@@ -156,7 +157,7 @@ def build_prefix_cache(
 
     Raises:
         PrefixOverflowError: A state exceeds fp16.
-        OSError: The disk is full.
+        OutputError: The disk is full.
     """
     folder = cache_folder() / "prefix" / key
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,9 +184,17 @@ def _open(path: Path, *, shape: tuple[int, int], dtype: Any) -> Any:
     size = shape[0] * shape[1] * np.dtype(dtype).itemsize
     if not path.exists() or path.stat().st_size != size:
         path.with_name("checksums").unlink(missing_ok=True)
-        with path.open("wb") as file:
-            file.truncate(size)
+        with room_on_disk(path.parent, needed=size), path.open("wb") as file:
+            # Reserved, not only promised: a page of a memory-mapped file that finds the disk full kills the process.
+            _reserve(file.fileno(), size)
     return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    if size and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
 
 
 def _chunks(offsets: NDArray[np.int64]) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from toolkit.durable import write_file_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,6 +54,7 @@ def draw_curves(history: History, path: pathlib.Path, *, title: str, best_step: 
         best_step: Step whose weights were kept; marked.
 
     Raises:
+        OutputError: If the disk is full.
         OSError: If the file cannot be written.
     """
     evaluations = [(line["step"], line["validation"]) for line in history if line.get("validation")]
@@ -79,6 +83,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]], labels: Sequence[str], pa
         path: The PNG to write.
 
     Raises:
+        OutputError: If the disk is full.
         OSError: If the file cannot be written.
     """
     counts = np.asarray(confusion)
@@ -188,4 +193,6 @@ def _figure(
         with warnings.catch_warnings():
             # A label in a script the bundled font lacks is drawn as a box; that is no reason to fail a run.
             warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
-            figure.savefig(path, dpi=160, format="png", bbox_inches="tight", pad_inches=0.12)
+            png = io.BytesIO()
+            figure.savefig(png, dpi=160, format="png", bbox_inches="tight", pad_inches=0.12)
+        write_file_atomically(path, png.getvalue())

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from toolkit.durable import write_file_atomically
+from toolkit.durable import room_on_disk, write_file_atomically
 from toolkit.errors import OutputError, Problem
 
 
@@ -29,8 +29,9 @@ class MetricsLog:
         """Add a line; it must have a ``step``. A number that is not finite is written as null: JSON has no NaN."""
         text = json.dumps(_finite({"step": line["step"], **line}), ensure_ascii=False, allow_nan=False)
         # One write of a whole line: a killed process leaves complete lines only.
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        raw = text.encode("utf-8") + b"\n"
+        with room_on_disk(self.path.parent, needed=len(raw)), self.path.open("ab") as file:
+            file.write(raw)
 
     def read(self) -> list[dict[str, Any]]:
         """Return every line, oldest first; an empty list before the first.

@@ -19,9 +19,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from toolkit.durable import flush, sha256
+from toolkit.durable import flush, room_on_disk, sha256
+from toolkit.errors import CheckpointError, Problem
 
 STEP_FOLDER = re.compile(r"step-(\d+)$")
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
 FORMAT = 1
 
 
@@ -54,17 +56,24 @@ def save_checkpoint(
         state: JSON data.
 
     Raises:
-        OSError: If the disk is full; older checkpoints are untouched and no half folder is left.
+        OutputError: If the disk is full; older checkpoints are untouched and no half folder is left.
     """
+    needed = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+    with room_on_disk(root, needed=needed):
+        return _save(root, step, tensors, state)
+
+
+def _save(
+    root: pathlib.Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]
+) -> pathlib.Path:
     root.mkdir(parents=True, exist_ok=True)
     target, staging = root / f"step-{step}", root / f".staging-{step}-{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)
+    if staging.exists():
+        shutil.rmtree(staging)
     staging.mkdir()
     try:
         for stem, named in tensors.items():
-            # safetensors refuses tensors that share memory or are not contiguous.
-            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-            save_file(whole, staging / f"{stem}.safetensors")
+            _save_tensors(named, staging / f"{stem}.safetensors")
         (staging / "state.json").write_text(json.dumps(state), encoding="utf-8")
         files = {path.name: sha256(path) for path in sorted(staging.iterdir())}
         manifest = {"format": FORMAT, "step": step, "files": files}
@@ -83,12 +92,36 @@ def save_checkpoint(
     return target
 
 
+def _save_tensors(named: Mapping[str, torch.Tensor], path: pathlib.Path) -> None:
+    # safetensors refuses tensors that share memory or are not contiguous.
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    try:
+        save_file(whole, path)
+    except SafetensorError as error:
+        number = OS_ERROR.search(str(error))
+        if number is None:
+            raise
+        # safetensors hides what the system said, a full disk among it.
+        raise OSError(int(number.group(1)), os.strerror(int(number.group(1))), str(path)) from error
+
+
 def load_checkpoint(path: pathlib.Path) -> Checkpoint:
     """Verify every byte of a checkpoint against its manifest and load it.
 
     Raises:
         ValueError: With the reason it cannot be used.
     """
+    manifest = _verified(path)
+    files = manifest["files"]
+    try:
+        tensors = {file[: -len(".safetensors")]: load_file(path / file) for file in files if file != "state.json"}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    return Checkpoint(path, int(manifest["step"]), tensors, _read_json(path / "state.json"))
+
+
+def _verified(path: pathlib.Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint whose every byte matches it."""
     manifest = _read_json(path / "manifest.json")
     files = manifest.get("files")
     if manifest.get("format") != FORMAT or not isinstance(files, dict) or "state.json" not in files:
@@ -101,11 +134,20 @@ def load_checkpoint(path: pathlib.Path) -> Checkpoint:
             raise ValueError(f"{name} is missing")
         if sha256(file) != digest:
             raise ValueError(f"{name} does not match its checksum")
+    return manifest
+
+
+def load_best(path: pathlib.Path) -> Checkpoint:
+    """Load the checkpoint whose weights a run ends with.
+
+    Raises:
+        CheckpointError: If it was damaged since it was saved; ``newest_valid`` then finds an older start.
+    """
     try:
-        tensors = {file[: -len(".safetensors")]: load_file(path / file) for file in files if file != "state.json"}
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
-    return Checkpoint(path, int(manifest["step"]), tensors, _read_json(path / "state.json"))
+        return load_checkpoint(path)
+    except ValueError as error:
+        right = "the same command goes on from an older one"
+        raise CheckpointError(Problem(str(path), "", f"the best checkpoint was damaged: {error}", right)) from error
 
 
 def steps_on_disk(root: pathlib.Path) -> list[int]:
@@ -117,15 +159,36 @@ def steps_on_disk(root: pathlib.Path) -> list[int]:
 
 
 def newest_valid(root: pathlib.Path) -> tuple[Checkpoint | None, dict[str, str]]:
-    """Return the newest checkpoint that verifies, and why each newer one was skipped."""
+    """Return the newest checkpoint that verifies, as does the best one it names, and why each newer one was skipped."""
     skipped: dict[str, str] = {}
     for step in steps_on_disk(root):
         path = root / f"step-{step}"
         try:
-            return load_checkpoint(path), skipped
+            checkpoint = load_checkpoint(path)
+            _check_best(root, checkpoint)
+            return checkpoint, skipped
         except ValueError as reason:
             skipped[path.name] = str(reason)
     return None, skipped
+
+
+def _check_best(root: pathlib.Path, checkpoint: Checkpoint) -> None:
+    best = checkpoint.state.get("progress", {}).get("best_step")
+    if best is None or best == checkpoint.step:
+        return
+    try:
+        _verified(root / f"step-{best}")
+    except ValueError as error:
+        raise ValueError(f"the best one until then, step-{best}, cannot be used: {error}") from error
+
+
+def discard(root: pathlib.Path, names: Collection[str]) -> None:
+    """Take damaged checkpoints out of the way; ``rotate`` deletes them once a new one is proven to load."""
+    for name in names:
+        doomed = root / f".staging-damaged-{name}"
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        (root / name).rename(doomed)
 
 
 def rotate(root: pathlib.Path, *, keep: int, protected: Collection[int]) -> None:
@@ -135,9 +198,17 @@ def rotate(root: pathlib.Path, *, keep: int, protected: Collection[int]) -> None
         root: The run's ``checkpoints`` folder.
         keep: How many of the newest to keep.
         protected: Steps to keep in any case (the best one).
+
+    Raises:
+        CheckpointError: If the newest reads back other than it was written; nothing was deleted.
     """
     steps = steps_on_disk(root)
-    load_checkpoint(root / f"step-{steps[0]}")
+    newest = root / f"step-{steps[0]}"
+    try:
+        load_checkpoint(newest)
+    except ValueError as error:
+        right = "a disk that keeps what is written to it"
+        raise CheckpointError(Problem(str(newest), "", f"was written and {error}", right)) from error
     for step in steps[keep:]:
         if step not in protected:
             doomed = root / f".staging-old-{step}"

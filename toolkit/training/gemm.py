@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from toolkit.data.cache import cache_folder
 from toolkit.durable import write_file_atomically
+from toolkit.errors import OutputError
 from toolkit.runtime import environment
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def choose_gemm(wanted: Literal["auto", "default", "onednn"], device: torch.devi
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file_atomically(path, json.dumps(known, indent=1))
-        except OSError as error:
+        except (OSError, OutputError) as error:
             logger.warning("%s: not written: %s", path, error)
     return "onednn" if known[name] == "onednn" else "default"
 

@@ -20,7 +20,7 @@ from toolkit.config.schema import Recipe
 from toolkit.errors import DivergedError, StoppedError
 from toolkit.models.forward import checkpoint_activations
 from toolkit.runtime import is_out_of_memory, memory_errors, resident_bytes, return_freed_memory
-from toolkit.training.checkpoint import Checkpoint, load_checkpoint, rotate, save_checkpoint, steps_on_disk
+from toolkit.training.checkpoint import Checkpoint, load_best, rotate, save_checkpoint, steps_on_disk
 from toolkit.training.observer import Observer, StepRecord
 from toolkit.training.optim import learning_rate
 from toolkit.training.plan import Rows, StepPlan
@@ -252,6 +252,7 @@ class Trainer:
         progress.seconds += time.perf_counter() - started
         progress.evaluated[str(progress.step)] = metrics
         self._observer.evaluated(progress.step, metrics)
+        self._check_finite(metrics["loss"], "validation loss", progress.step - 1)
         better = self._is_better(metrics)
         if better:
             name = self.recipe.evaluation.metric
@@ -272,11 +273,11 @@ class Trainer:
         return (value, -metrics["loss"]) > (best, -best_loss)
 
     def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one, and let old ones go."""
+        """Write a checkpoint of this step and let old ones go."""
         started = time.perf_counter()
         progress = self.progress
         tensors, state = capture(self.model, self.optimizer, self.accelerator, progress)
-        if self.accelerator.is_main_process and progress.step not in steps_on_disk(self.checkpoints):
+        if self.accelerator.is_main_process:
             save_checkpoint(self.checkpoints, progress.step, tensors=tensors, state={**state, "inputs": self.inputs})
             protected = set() if progress.best_step is None else {progress.best_step}
             rotate(self.checkpoints, keep=self.recipe.output.keep, protected=protected)
@@ -286,5 +287,5 @@ class Trainer:
     def _load_best(self) -> None:
         best = self.progress.best_step
         if best is not None and best != self.progress.step:
-            checkpoint = load_checkpoint(self.checkpoints / f"step-{best}")
+            checkpoint = load_best(self.checkpoints / f"step-{best}")
             load_trainable_state(self.model, checkpoint.tensors["trainable"])
