@@ -181,3 +181,13 @@ def test_discarded_ones_are_out_of_the_way_and_go_with_the_next_rotation(tmp_pat
         save(tmp_path, 3)
     rotate(tmp_path, keep=5, protected=set())
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step-1", "step-2", "step-3"]
+
+
+def test_rotation_keeps_the_best_one_that_an_older_checkpoint_needs(tmp_path):
+    for step, best in ((1, 1), (2, 1), (3, 1), (4, 4)):
+        state = {"progress": {"step": step, "best_step": best}}
+        save_checkpoint(tmp_path, step, tensors={"trainable": {}}, state=state)
+    rotate(tmp_path, keep=2, protected={4})
+    assert steps_on_disk(tmp_path) == [4, 3, 1]
+    (tmp_path / "step-4" / "state.json").unlink()
+    assert newest_valid(tmp_path)[0].step == 3

@@ -173,7 +173,7 @@ def newest_valid(root: pathlib.Path) -> tuple[Checkpoint | None, dict[str, str]]
 
 
 def _check_best(root: pathlib.Path, checkpoint: Checkpoint) -> None:
-    best = checkpoint.state.get("progress", {}).get("best_step")
+    best = _best_of(checkpoint.state)
     if best is None or best == checkpoint.step:
         return
     try:
@@ -197,7 +197,8 @@ def rotate(root: pathlib.Path, *, keep: int, protected: Collection[int]) -> None
     Args:
         root: The run's ``checkpoints`` folder.
         keep: How many of the newest to keep.
-        protected: Steps to keep in any case (the best one).
+        protected: Steps to keep in any case (the best one). The best ones that kept checkpoints name stay too: without
+            them an older checkpoint could not serve where the newest is damaged.
 
     Raises:
         CheckpointError: If the newest reads back other than it was written; nothing was deleted.
@@ -209,13 +210,28 @@ def rotate(root: pathlib.Path, *, keep: int, protected: Collection[int]) -> None
     except ValueError as error:
         right = "a disk that keeps what is written to it"
         raise CheckpointError(Problem(str(newest), "", f"was written and {error}", right)) from error
+    stay = {*protected, *_best_named_by(root, steps[:keep])}
     for step in steps[keep:]:
-        if step not in protected:
+        if step not in stay:
             doomed = root / f".staging-old-{step}"
             # Renamed first, so that a kill in the middle leaves no half checkpoint under a readable name.
             (root / f"step-{step}").rename(doomed)
     for leftover in root.glob(".staging-*"):
         shutil.rmtree(leftover)
+
+
+def _best_named_by(root: pathlib.Path, steps: Collection[int]) -> set[int]:
+    named = set()
+    for step in steps:
+        try:
+            named.add(_best_of(_read_json(root / f"step-{step}" / "state.json")))
+        except ValueError:  # A damaged one serves nobody, so it needs nothing.
+            continue
+    return named - {None}
+
+
+def _best_of(state: Mapping[str, Any]) -> Any:
+    return state.get("progress", {}).get("best_step")
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
