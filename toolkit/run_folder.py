@@ -23,7 +23,7 @@ STAGED = (
     "recipe.yaml", "result.json", "metrics.jsonl", "split.json", "report.html", "README.md", "curves.png",
     "confusion.png", "adapter", "model",
 )  # fmt: skip
-LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, STAGED))})-[a-z0-9_]{{8}}")
+LEFTOVER = re.compile(rf"\.{{1,2}}({'|'.join(map(re.escape, STAGED))})(-[a-z0-9_]{{8}}){{1,2}}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,256 @@
+"""Runs command lines in forked children of one warm process: ``Server().run(words, cwd=...)``.
+
+As a script it is that process: jobs as JSON lines on stdin, an answer line each. Torch is imported once and every child
+starts in milliseconds, so that a run may be killed at each of its hundreds of writes, for real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
+CHANGES = ("os.mkdir", "os.remove", "os.rmdir", "os.rename", "os.link", "os.symlink", "os.truncate")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command line.
+
+    Attributes:
+        words: After ``toolkit``.
+        cwd: Folder to run in.
+        watch: Folder whose changes are counted as events; empty counts none.
+        at: Number of the event, from 1, before which ``signals`` are sent; 0 sends none.
+        signals: Sent to the child by itself, the second right after the first.
+        file_bytes: Largest file that may be written (RLIMIT_FSIZE).
+        inject: ``module:function`` called in the child before the command, with ``argument``.
+        argument: What it is called with.
+    """
+
+    words: Sequence[str]
+    cwd: str
+    watch: str = ""
+    at: int = 0
+    signals: Sequence[int] = ()
+    file_bytes: int | None = None
+    inject: str = ""
+    argument: Any = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How it ended.
+
+    Attributes:
+        code: Exit code, or minus the signal that killed it.
+        output: What it wrote to stdout and stderr.
+        events: Names of the watched changes, in order; empty if it was killed.
+        seconds: Wall time.
+        peak_bytes: Largest resident set of the child, the warm start included.
+    """
+
+    code: int
+    output: str
+    events: list[str]
+    seconds: float
+    peak_bytes: int = 0
+
+
+class Server:
+    """A warm process that forks a child for each job; use it as a context manager."""
+
+    def __init__(self, **environment: str) -> None:
+        whole = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            env={**whole, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._process.stdout.close()
+
+    def run(self, *words: str, cwd: Path, **options: Any) -> Answer:
+        """Run one command line to its end."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        job = Job(words, str(cwd), **{name: str(v) if isinstance(v, Path) else v for name, v in options.items()})
+        self._process.stdin.write(json.dumps(asdict(job)) + "\n")
+        self._process.stdin.flush()
+        return Answer(**json.loads(self._process.stdout.readline()))
+
+
+class Events:
+    """Counts the changes below a folder, and sends signals before one of them."""
+
+    def __init__(self, watch: str, at: int, signals: Sequence[int]) -> None:
+        self._watch, self._at, self._signals = os.path.abspath(watch), at, signals
+        self.names: list[str] = []
+
+    def happen(self, name: str) -> None:
+        self.names.append(name)
+        if len(self.names) == self._at:
+            for number in self._signals:
+                os.kill(os.getpid(), number)
+
+    def inside(self, path: Any) -> bool:
+        if isinstance(path, int) or path is None:
+            return False
+        return os.path.abspath(os.fsdecode(path)).startswith(self._watch)
+
+    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, mode, flags = arguments
+            writes = bool(flags & WRITING) if mode is None else bool(set(mode) & set("wax+"))
+            if writes and self.inside(path):
+                self.happen(f"open {os.path.basename(os.fsdecode(path))}")
+        elif event in CHANGES:
+            # shutil.rmtree names what it deletes by a name and an open folder.
+            relative = event in ("os.remove", "os.rmdir") and arguments[1] != -1
+            if relative or self.inside(arguments[0]):
+                self.happen(f"{event} {os.path.basename(os.fsdecode(arguments[0]))}")
+
+    def install(self) -> None:
+        """Hear of changes through the audit hook, and of fsync and safetensors, which it does not tell, by wrapping."""
+        import toolkit.training.checkpoint as checkpoint
+
+        fsync, save_file = os.fsync, checkpoint.save_file
+
+        def heard_fsync(descriptor: int) -> None:
+            self.happen("fsync")
+            fsync(descriptor)
+
+        def heard_save(tensors: Any, path: Any) -> None:
+            self.happen(f"save {os.path.basename(path)}")
+            save_file(tensors, path)
+            self.happen(f"saved {os.path.basename(path)}")
+
+        os.fsync, checkpoint.save_file = heard_fsync, heard_save
+        sys.addaudithook(self.hear)
+
+
+def child(job: Job, answer: int) -> None:
+    """Run the job in this process and end it."""
+    from toolkit.cli import main
+
+    os.chdir(job.cwd)
+    os.environ.update(job.environment)
+    events = Events(job.watch, job.at, job.signals)
+    if job.watch:
+        events.install()
+    if job.file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_bytes, job.file_bytes))
+    if job.inject:
+        module, _, name = job.inject.partition(":")
+        inject: Callable[[Any], None] = getattr(__import__(module, fromlist=[name]), name)
+        inject(job.argument)
+    code = 1
+    try:
+        code = main(list(job.words))
+    finally:
+        os.write(answer, json.dumps(events.names).encode())
+        if sys.exc_info()[0] is not None:
+            sys.excepthook(*sys.exc_info())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def fork(job: Job) -> Answer:
+    """Run the job in a child and say how it ended."""
+    reader, writer = os.pipe()
+    output = os.memfd_create("output")
+    started = time.perf_counter()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for descriptor in (1, 2):
+            os.dup2(output, descriptor)
+        child(job, writer)
+    os.close(writer)
+    told = b""
+    while block := os.read(reader, 1 << 16):
+        told += block
+    os.close(reader)
+    _, status, used = os.wait4(pid, 0)
+    seconds = time.perf_counter() - started
+    os.lseek(output, 0, os.SEEK_SET)
+    text = b""
+    while block := os.read(output, 1 << 16):
+        text += block
+    os.close(output)
+    code = os.waitstatus_to_exitcode(status)
+    return Answer(code, text.decode(errors="replace"), json.loads(told or b"[]"), seconds, used.ru_maxrss * 1024)
+
+
+WARM = (
+    "accelerate", "bitsandbytes", "matplotlib.figure", "matplotlib.backends.backend_agg", "peft", "pyarrow.parquet",
+    "sklearn.metrics", "tiktoken_ext.openai_public", "torch", "transformers", "toolkit.export.merge",
+    "toolkit.inference.predict", "toolkit.outcome", "toolkit.tasks", "toolkit.training.trainer",
+    "transformers.models.gpt2.modeling_gpt2", "transformers.models.distilbert.modeling_distilbert",
+)  # fmt: skip
+
+
+def rehearse() -> None:
+    """Train, predict and merge once, so that what the libraries compile and cache at first use is there in each child.
+
+    It takes a run from 3.3 to about a second of processor time.
+    """
+    from world import SETTINGS, write_world
+
+    from toolkit.cli import main
+
+    with tempfile.TemporaryDirectory() as folder:
+        here = os.getcwd()
+        write_world(Path(folder), SETTINGS[0], steps=1)
+        os.chdir(folder)
+        try:
+            for words in (["train", "recipe.yaml"], ["merge", "run", "-o", "merged"], ["predict", "run", "texts.txt"]):
+                assert main(words) == 0, words
+        finally:
+            os.chdir(here)
+
+
+def serve() -> None:
+    """Import what every run needs, then fork a child a line."""
+    for name in WARM:
+        __import__(name)
+    import torch
+
+    # A pool of threads would not live through a fork.
+    torch.set_num_threads(1)
+    # Answers alone go to stdout.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        rehearse()
+    for line in sys.stdin:
+        answer = fork(Job(**json.loads(line)))
+        sys.stdout.write(json.dumps(asdict(answer)) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    serve()
