@@ -13,7 +13,7 @@ from typing import Any
 
 from toolkit.config.load import dump_recipe, load_recipe
 from toolkit.config.schema import Recipe
-from toolkit.durable import write_file_atomically
+from toolkit.durable import room_on_disk, write_file_atomically
 from toolkit.errors import InputError, OutputError, Problem, RecipeError
 
 # Settings that may differ between a run and its resumption: they change no weight.
@@ -211,9 +211,10 @@ def _locked(path: pathlib.Path, where: str) -> Iterator[None]:
             raise OutputError(
                 Problem(where, "output.dir", f"is in use by process {holder}", "wait for it, or another output.dir")
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
-        os.fsync(descriptor)
+        with room_on_disk(path.parent, needed=len(pid := str(os.getpid()).encode())):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, pid)
+            os.fsync(descriptor)
         yield
     finally:
         os.close(descriptor)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import resource
+import selectors
 import signal
 import subprocess
 import sys
@@ -36,8 +37,10 @@ class Job:
         at: Number of the event, from 1, before which ``signals`` are sent; 0 sends none.
         signals: Sent to the child by itself, the second right after the first.
         file_bytes: Largest file that may be written (RLIMIT_FSIZE).
+        twin: File for the answer of the same command line, started once more in the place of a signal.
         inject: ``module:function`` called in the child before the command, with ``argument``.
         argument: What it is called with.
+        environment: Variables to set.
     """
 
     words: Sequence[str]
@@ -46,6 +49,7 @@ class Job:
     at: int = 0
     signals: Sequence[int] = ()
     file_bytes: int | None = None
+    twin: str = ""
     inject: str = ""
     argument: Any = None
     environment: dict[str, str] = field(default_factory=dict)
@@ -104,17 +108,20 @@ class Server:
 
 
 class Events:
-    """Counts the changes below a folder, and sends signals before one of them."""
+    """Counts the changes below a folder, and before one of them sends signals or starts the job's twin."""
 
-    def __init__(self, watch: str, at: int, signals: Sequence[int]) -> None:
-        self._watch, self._at, self._signals = os.path.abspath(watch), at, signals
+    def __init__(self, job: Job) -> None:
+        self._watch, self._job = os.path.abspath(job.watch), job
         self.names: list[str] = []
 
     def happen(self, name: str) -> None:
         self.names.append(name)
-        if len(self.names) == self._at:
-            for number in self._signals:
+        if len(self.names) == self._job.at:
+            for number in self._job.signals:
                 os.kill(os.getpid(), number)
+            if self._job.twin:
+                answer = fork(Job(self._job.words, self._job.cwd))
+                Path(self._job.twin).write_text(json.dumps(asdict(answer)))
 
     def inside(self, path: Any) -> bool:
         if isinstance(path, int) or path is None:
@@ -158,7 +165,7 @@ def child(job: Job, answer: int) -> None:
 
     os.chdir(job.cwd)
     os.environ.update(job.environment)
-    events = Events(job.watch, job.at, job.signals)
+    events = Events(job)
     if job.watch:
         events.install()
     if job.file_bytes is not None:
@@ -182,29 +189,41 @@ def child(job: Job, answer: int) -> None:
 def fork(job: Job) -> Answer:
     """Run the job in a child and say how it ended."""
     reader, writer = os.pipe()
-    output = os.memfd_create("output")
+    # No file: its size would be limited with the others.
+    output_reader, output = os.pipe()
     started = time.perf_counter()
     pid = os.fork()
     if pid == 0:
-        os.close(reader)
+        for descriptor in (reader, output_reader):
+            os.close(descriptor)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for descriptor in (1, 2):
             os.dup2(output, descriptor)
         child(job, writer)
-    os.close(writer)
-    told = b""
-    while block := os.read(reader, 1 << 16):
-        told += block
-    os.close(reader)
+    for descriptor in (writer, output):
+        os.close(descriptor)
+    told, text = _read_all(reader, output_reader)
     _, status, used = os.wait4(pid, 0)
     seconds = time.perf_counter() - started
-    os.lseek(output, 0, os.SEEK_SET)
-    text = b""
-    while block := os.read(output, 1 << 16):
-        text += block
-    os.close(output)
     code = os.waitstatus_to_exitcode(status)
     return Answer(code, text.decode(errors="replace"), json.loads(told or b"[]"), seconds, used.ru_maxrss * 1024)
+
+
+def _read_all(*descriptors: int) -> list[bytes]:
+    """Read several pipes to their ends at once, so that none fills up and blocks."""
+    found = dict.fromkeys(descriptors, b"")
+    with selectors.DefaultSelector() as open_ones:
+        for descriptor in descriptors:
+            open_ones.register(descriptor, selectors.EVENT_READ)
+        while open_ones.get_map():
+            for key, _ in open_ones.select():
+                block = os.read(key.fd, 1 << 16)
+                found[key.fd] += block
+                if not block:
+                    open_ones.unregister(key.fd)
+                    os.close(key.fd)
+    return list(found.values())
 
 
 WARM = (
