@@ -74,6 +74,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
     model.name_or_path = settings["base_model_name_or_path"]
     with torch.random.fork_rng(devices=[]):
         adapted = inject(model, LoraConfig(**settings))
+    _give_memory(adapted)
     problems = tensor_problems(tensors, _adapter_tensors(adapted), where=str(folder / WEIGHTS))
     if problems:
         raise AdapterError(problems)
@@ -81,6 +82,18 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
     for parameter in adapted.parameters():
         parameter.requires_grad_(trainable and parameter.requires_grad)
     return adapted.eval()
+
+
+def _give_memory(model: nn.Module) -> None:
+    """Put adapters into memory that peft left without any, as is the layer they wrap while its block is on disk."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            parts = [getattr(layer, name) for name in layer.adapter_layer_names]
+            for part in parts:
+                if any(parameter.is_meta for parameter in part.parameters()):
+                    part.to_empty(device="cpu")
 
 
 def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -132,15 +132,20 @@ def merge_adapter(
 
 
 def _live(artifact: Artifact, base: Base) -> nn.Module:
-    """Return the trained model as it ran: the base, quantised as in training, under its adapter."""
+    """Return the trained model as it ran: the base, quantised as in training, under its adapter.
+
+    The blocks of a base that was not quantised stay on disk.
+    """
     adapter = artifact.kind == "adapter"
     check_settings(artifact, base.family)
+    quantization = _quantization(artifact.manifest) if adapter else None
     model = load_classifier(
         base,
         labels=tuple(artifact.manifest.labels),
-        quantization=_quantization(artifact.manifest) if adapter else None,
+        quantization=quantization,
         seed=0,
         device=CPU,
+        streamed=base.config[base.family.layers_key] if quantization is None else None,
     )
     return load_adapter(model, artifact.folder) if adapter else model
 

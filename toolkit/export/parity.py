@@ -16,9 +16,13 @@ from toolkit.data.batching import collate
 from toolkit.data.tokenize import Tokenizer
 from toolkit.errors import ToolkitError
 from toolkit.evaluation.evaluate import predict_logits
+from toolkit.families import FAMILIES
 from toolkit.models.forward import classify
+from toolkit.models.headers import read_tensor_headers
 from toolkit.models.load import quiet_transformers
 from toolkit.models.quantize import dequantized_weight, is_quantized
+from toolkit.models.stored import StoredTensors
+from toolkit.models.streamed import load_head, stream_blocks
 
 # Spread over length, case, digits, scripts and odd characters; the last one fills the window.
 PROBES = (
@@ -116,13 +120,8 @@ def prove_parity(
     Raises:
         ToolkitError: If they differ by more than the bound, or its tokenizer reads a probe text differently.
     """
-    from transformers import AutoModelForSequenceClassification
-
     _prove_tokenizer(folder, tokenizer, max_length=max_length)
-
-    with quiet_transformers():
-        model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    model.eval()
+    model = stock_model(folder)
     found = _probe(
         lambda batch: model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
         tokenizer,
@@ -132,6 +131,32 @@ def prove_parity(
     parity = _compare(found, reference, bound=bound)
     _check(parity, reference, dtype=dtype)
     return parity
+
+
+def stock_model(folder: pathlib.Path) -> nn.Module:
+    """Return the classifier that stock transformers makes of a folder, in float32, with its blocks left on disk.
+
+    Raises:
+        ToolkitError: If the folder's tensors are not exactly those that the stock model has.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    with quiet_transformers(), torch.device("meta"):
+        model: Any = AutoModelForSequenceClassification.from_config(
+            AutoConfig.from_pretrained(folder, local_files_only=True)
+        )
+    family = FAMILIES[model.config.model_type]
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    held = {name: info.shape for name, info in read_tensor_headers(folder).items()}
+    if wanted != held:
+        differ = sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name))
+        raise ToolkitError(f"{folder.name}: stock transformers has other tensors: {', '.join(differ[:3])}")
+    stored, blocks = StoredTensors(folder, family), model.config.to_dict()[family.layers_key]
+    stream_blocks(model, stored, family=family, count=blocks, device=torch.device("cpu"))
+    load_head(model, stored, family=family)
+    model.streamed.hook()
+    stock: nn.Module = model.eval()
+    return stock
 
 
 def _prove_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, *, max_length: int) -> None:
@@ -179,5 +204,7 @@ def _probe(
         table.lengths,
         collate=lambda rows: collate(table, None, rows, pad_id=tokenizer.pad_id),
         device=torch.device("cpu"),
-        batch_size=4,
+        # Every batch reads all blocks: two of them, the longest probes apart from the short ones.
+        max_tokens=2 * PROBE_TOKENS,
+        batch_size=len(PROBES),
     )

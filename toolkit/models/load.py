@@ -14,7 +14,7 @@ from toolkit.families import Family
 from toolkit.models.base import Base
 from toolkit.models.quantize import bitsandbytes_config, check_quantization, prepare_quantized
 from toolkit.models.stored import StoredTensors, check_finite
-from toolkit.models.streamed import stream_blocks
+from toolkit.models.streamed import load_head, stream_blocks
 from toolkit.models.tensors import check_tensors, has_head
 
 if TYPE_CHECKING:
@@ -97,16 +97,7 @@ def load_classifier(
 def _streamed(model: Any, base: Base, *, blocks: int, keeps_head: bool, device: torch.device) -> Any:
     stored = StoredTensors(base.path, base.family)
     stream_blocks(model, stored, family=base.family, count=blocks, device=device)
-    for path in base.family.head:
-        head = model.get_submodule(path)
-        head.load_state_dict(
-            {
-                name: stored.read(f"{path}.{name}") if keeps_head else torch.empty(weight.shape)
-                for name, weight in head.state_dict().items()
-            },
-            assign=True,
-        )
-        head.to(device)
+    load_head(model, stored if keeps_head else None, family=base.family, device=device)
     return model
 
 

@@ -8,7 +8,7 @@ embedding only the rows that occur are read. What is left of a model in memory i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -58,20 +58,31 @@ class StreamedBlocks:
 
     @contextmanager
     def loaded(self, number: int) -> Iterator[None]:
-        """Give one block its weights; they go to the next one that is asked for."""
+        """Give one block its weights; they go to the next one that is asked for. Adapters inside have their own."""
         block = self._blocks[number]
-        shapes = {name: tensor.shape for name, tensor in block.state_dict().items()}
-        for name, shape in shapes.items():
-            if name not in self._weights:
-                self._weights[name] = torch.empty(shape, device=self._device)
-            self._stored.read_into(f"{self._prefix}.{number}.{name}", self._weights[name])
-        block.load_state_dict(self._weights, assign=True)
+        absent = {name: tensor for name, tensor in block.state_dict().items() if tensor.is_meta}
+        weights = {}
+        for name, tensor in absent.items():
+            # An adapter wraps the layer whose weight this is.
+            plain = name.replace(".base_layer.", ".")
+            if plain not in self._weights:
+                self._weights[plain] = torch.empty(tensor.shape, device=self._device)
+            weights[name] = self._weights[plain]
+            self._stored.read_into(f"{self._prefix}.{number}.{plain}", weights[name])
+        block.load_state_dict(weights, assign=True, strict=False)
         try:
             yield
         finally:
-            block.load_state_dict(
-                {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, assign=True
+            block.load_state_dict(absent, assign=True, strict=False)
+
+    def hook(self) -> None:
+        """Load each block around its own ``forward``, for a model that knows nothing of streaming."""
+        for number, block in enumerate(self._blocks[: self.count]):
+            held = ExitStack()
+            block.register_forward_pre_hook(
+                lambda *_, held=held, number=number: held.enter_context(self.loaded(number))
             )
+            block.register_forward_hook(lambda *_, held=held: held.close(), always_call=True)
 
     def rest(self) -> None:
         """Let the memory of the last block go."""
@@ -103,3 +114,22 @@ def stream_blocks(model: Any, stored: StoredTensors, *, family: Family, count: i
             model.get_submodule(owner).register_buffer(leaf, numbers, persistent=False)
     if count:
         model.streamed = StreamedBlocks(model, stored, family=family, count=count, device=device)
+
+
+def load_head(
+    model: nn.Module, stored: StoredTensors | None, *, family: Family, device: torch.device | None = None
+) -> None:
+    """Give a classifier on the meta device its head.
+
+    Args:
+        model: Changed in place.
+        stored: Where the head lies; None leaves its values to be drawn.
+        family: The architecture.
+        device: Where it is put; None: the CPU.
+    """
+    for path in family.head:
+        head = model.get_submodule(path)
+        names = head.state_dict()
+        values = {n: torch.empty(w.shape) if stored is None else stored.read(f"{path}.{n}") for n, w in names.items()}
+        head.load_state_dict(values, assign=True)
+        head.to(device or "cpu")
