@@ -182,9 +182,8 @@ def memory_errors(line: Callable[[], str]) -> Iterator[None]:
 
 def return_freed_memory() -> None:
     """Hand memory that was freed back to the system; glibc and Arrow keep 70 MiB of it after reading 2 million rows."""
-    import pyarrow as pa
-
-    pa.default_memory_pool().release_unused()
+    if "pyarrow" in sys.modules:
+        sys.modules["pyarrow"].default_memory_pool().release_unused()
     if platform.libc_ver()[0] == "glibc":
         import ctypes
 

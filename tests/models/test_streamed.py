@@ -16,7 +16,7 @@ from toolkit.errors import ModelError, ToolkitError
 from toolkit.families import FAMILIES
 from toolkit.models.flat import pooled_states, prefix_states
 from toolkit.models.load import load_classifier
-from toolkit.models.stored import PIECE_BYTES, StoredTensors, check_finite
+from toolkit.models.stored import PIECE_BYTES, StoredTensors, all_finite, check_finite
 
 FAMILY_NAMES = ["gpt2", "distilbert"]
 CPU = torch.device("cpu")
@@ -119,3 +119,13 @@ def test_not_a_number_is_found_in_any_piece(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="x: holds NaN or infinity"):
         check_finite(tmp_path)
     assert load_file(tmp_path / "model.safetensors")["x"][-1] == float("inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_finite_is_what_torch_calls_finite(dtype: torch.dtype) -> None:
+    for bad in (float("nan"), float("inf"), -float("inf"), 0.0, torch.finfo(dtype).max):
+        for place in (0, 57, 99):
+            values = torch.randn(100).to(dtype)
+            values[place] = bad
+            assert all_finite(values) == bool(torch.isfinite(values).all())
+    assert all_finite(torch.empty(0, dtype=dtype))

@@ -26,6 +26,7 @@ from toolkit.export.weights import MergedWeights, lora_scaling
 from toolkit.models.base import Base
 from toolkit.models.load import classifier_config, load_classifier
 from toolkit.models.stored import StoredTensors
+from toolkit.runtime import return_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,7 +105,10 @@ def merge_adapter(
     tokenizer = load_tokenizer(artifact.folder, kind=found.family.tokenizer)
     bits = manifest.quantization["bits"] if artifact.kind == "adapter" and manifest.quantization else None
     # The live model comes first: it refuses a damaged adapter before anything is written.
-    reference = reference_logits(_live(artifact, found), tokenizer, max_length=manifest.max_length, bits=bits)
+    live = _live(artifact, found)
+    return_freed_memory()
+    reference = reference_logits(live, tokenizer, max_length=manifest.max_length, bits=bits)
+    del live
     skeleton = _skeleton(found, labels=manifest.labels)
     with staged_folder(output) as staging:
         read, counts = _weights(artifact, found, skeleton)

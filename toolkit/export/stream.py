@@ -16,6 +16,7 @@ from typing import IO
 import torch
 
 from toolkit.errors import ToolkitError
+from toolkit.models.stored import all_finite
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SPELLINGS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -103,7 +104,7 @@ def _write(file: IO[bytes], name: str, content: Content, *, shape: tuple[int, ..
         if tuple(piece.shape[1:]) != row:
             raise ToolkitError(f"{name}: rows of shape {tuple(piece.shape[1:])} where {shape} was planned")
         cast = piece.detach().to(device="cpu", dtype=dtype).contiguous()
-        if not bool(torch.isfinite(cast).all()):
+        if not all_finite(cast):
             raise ToolkitError(f"{name}: not finite as {SPELLINGS[dtype]}; choose fp32 or bf16")
         # A view of the piece's own memory: no copy is made. tofile() raises errors without a number.
         file.write(cast.reshape(-1).view(torch.uint8).numpy().data)
