@@ -18,13 +18,18 @@ class Family:
         final_norm: Module path of the norm after the last block, if there is one.
         head: Module paths of the classification head.
         lora_auto: Suffixes of the modules that ``target_modules: auto`` adapts.
+        ia3_auto: The same of IA3: keys, values and the MLP's second layer.
         linear: Suffixes of every linear layer inside a block.
+        norms: Suffixes of every layer norm.
+        mlp_out: Suffix of the MLP's second layer.
         fan_in_fan_out: Whether those layers are Conv1D, whose weights are stored (in, out).
         pooling: Which token is classified: the last real one, or the first ([CLS]).
         tokenizer: Which tokenisation the architecture was trained with.
         positions_key: Key of config.json with the number of positions.
         layers_key: Key of config.json with the number of blocks.
         width_key: Key of config.json with the hidden size.
+        heads_key: Key of config.json with the number of attention heads.
+        takes_cache: Whether keys and values of earlier tokens can be handed in, as prefix tuning does.
     """
 
     model_type: str
@@ -34,13 +39,18 @@ class Family:
     final_norm: str | None
     head: tuple[str, ...]
     lora_auto: tuple[str, ...]
+    ia3_auto: tuple[str, ...]
     linear: tuple[str, ...]
+    norms: tuple[str, ...]
+    mlp_out: str
     fan_in_fan_out: bool
     pooling: Literal["last", "first"]
     tokenizer: Literal["bpe", "wordpiece"]
     positions_key: str
     layers_key: str
     width_key: str
+    heads_key: str
+    takes_cache: bool
 
 
 FAMILIES = {
@@ -52,13 +62,18 @@ FAMILIES = {
         final_norm="transformer.ln_f",
         head=("score",),
         lora_auto=("c_attn",),
+        ia3_auto=("attn.c_attn", "mlp.c_proj"),
         linear=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+        norms=("ln_1", "ln_2", "ln_f"),
+        mlp_out="mlp.c_proj",
         fan_in_fan_out=True,
         pooling="last",
         tokenizer="bpe",
         positions_key="n_positions",
         layers_key="n_layer",
         width_key="n_embd",
+        heads_key="n_head",
+        takes_cache=True,
     ),
     "distilbert": Family(
         model_type="distilbert",
@@ -68,12 +83,17 @@ FAMILIES = {
         final_norm=None,
         head=("pre_classifier", "classifier"),
         lora_auto=("q_lin", "v_lin"),
+        ia3_auto=("k_lin", "v_lin", "lin2"),
         linear=("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"),
+        norms=("LayerNorm", "sa_layer_norm", "output_layer_norm"),
+        mlp_out="lin2",
         fan_in_fan_out=False,
         pooling="first",
         tokenizer="wordpiece",
         positions_key="max_position_embeddings",
         layers_key="n_layers",
         width_key="dim",
+        heads_key="n_heads",
+        takes_cache=False,
     ),
 }

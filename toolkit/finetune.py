@@ -14,12 +14,12 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from toolkit.adapters.methods import adapted_blocks, check_targets
-from toolkit.config.schema import LastNMethod, LoraMethod, OutputSettings, Recipe
+from toolkit.adapters.fit import check_method
+from toolkit.config.schema import OutputSettings, Recipe
 from toolkit.data.load import LoadedData, load_data
 from toolkit.data.splits import save_split
 from toolkit.data.tokenize import load_tokenizer
-from toolkit.errors import CheckpointError, OutputError, Problem, RecipeError
+from toolkit.errors import CheckpointError, OutputError, Problem
 from toolkit.export.staging import check_space
 from toolkit.listener import SILENT, Listener
 from toolkit.models.base import Base, resolve_base
@@ -85,16 +85,10 @@ def check_fit(recipe: Recipe, data: LoadedData, base: Base) -> None:
     """Refuse what is right in the recipe, the data and the base alone, and wrong in all three together.
 
     Raises:
-        InputError: LoRA targets or blocks that the base lacks, token ids outside its vocabulary, or an output folder
-            around or inside the inputs.
+        InputError: Targets or blocks that the base lacks, a prefix it cannot take, token ids outside its vocabulary,
+            or an output folder around or inside the inputs.
     """
-    method, blocks = recipe.method, base.config[base.family.layers_key]
-    if isinstance(method, LoraMethod) and isinstance(method.target_modules, list):
-        check_targets(method.target_modules, family=base.family)
-    if isinstance(method, LoraMethod):
-        adapted_blocks(method, blocks=blocks)
-    if isinstance(method, LastNMethod) and method.n > blocks:
-        raise RecipeError(Problem("", "method.n", f"{method.n} blocks, but the base has {blocks}", f"1 to {blocks}"))
+    check_method(recipe.method, base.family, config=base.config, max_length=recipe.model.max_length)
     for name, part in data.parts.items():
         if part.token_ids is not None:
             where = getattr(recipe.data, name) or recipe.data.source or recipe.data.train
@@ -120,6 +114,8 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
 
     runtime.import_models(adapters=recipe.method.name == "lora", quantised=recipe.quantization is not None)
     from toolkit.adapters.apply import parameter_report
+    from toolkit.adapters.rates import rate_scales
+    from toolkit.adapters.schedule import build_schedule
     from toolkit.outcome import build_record, environment, error_examples, write_reports
     from toolkit.tasks import Setup, build_task
     from toolkit.training.gemm import choose_gemm
@@ -156,7 +152,19 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     log = RunLog(MetricsLog(folder.metrics), recipe=recipe, accelerator=accelerator, listener=listener)
     trainer = Trainer(
         objective=task.objective,
-        optimizer=build_optimizer(task.model, settings, embeddings=base.family.embeddings),
+        optimizer=build_optimizer(
+            task.model,
+            settings,
+            embeddings=base.family.embeddings,
+            scale_of=rate_scales(recipe.method, base.family, blocks=base.config[base.family.layers_key]),
+        ),
+        schedule=build_schedule(
+            task.model,
+            recipe.method,
+            family=base.family,
+            total_steps=plan.total_steps,
+            processes=accelerator.num_processes,
+        ),
         accelerator=accelerator,
         plan=plan,
         recipe=recipe,

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 
-from toolkit.adapters.methods import peft_config, target_modules
+from toolkit.adapters.configs import peft_config
+from toolkit.adapters.methods import target_modules
 from toolkit.config.schema import LoraMethod
 from toolkit.errors import RecipeError
 from toolkit.families import FAMILIES, Family

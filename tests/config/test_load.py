@@ -143,7 +143,8 @@ def test_defaults_are_the_contract(write):
         "train": 0.7, "validation": 0.1, "test": 0.2, "seed": 123, "stratify": True
     }  # fmt: skip
     assert recipe.method.model_dump() == {
-        "name": "lora", "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "auto", "layers": "all",
+        "name": "lora", "variant": "lora", "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lora_plus_ratio": 1.0,
+            "target_modules": "auto", "layers": "all",
     }  # fmt: skip
     assert recipe.quantization is None
     training = recipe.training
@@ -168,7 +169,7 @@ def test_overrides_are_yaml_values_at_dotted_paths(write):
     )
     assert recipe.training.learning_rate == 1e-3
     assert (recipe.data.source, recipe.data.train) == (None, "a.csv")
-    assert recipe.method.model_dump() == {"name": "last_n", "n": 2}
+    assert recipe.method.model_dump() == {"name": "last_n", "n": 2, "layer_decay": 1.0}
     assert recipe.data.labels == ["no", "yes"]
     assert recipe.output.overwrite is True
 

@@ -20,6 +20,7 @@ from toolkit.adapters.save import load_adapter
 from toolkit.config.schema import FullMethod, HeadMethod, LastNMethod, LoraMethod, ModelSettings, QuantizationSettings
 from toolkit.errors import AdapterError, InputError, ModelError, OutputError, ToolkitError
 from toolkit.export.artifact import find_artifact, read_manifest, write_manifest
+from toolkit.export.changes import LoraChange
 from toolkit.export.merge import merge_adapter
 from toolkit.models.base import resolve_base
 from toolkit.models.forward import classify
@@ -334,7 +335,8 @@ def test_too_large_for_fp16(pico_folder: PicoFolder, tmp_path: Path) -> None:
 
 
 def test_a_merge_that_goes_wrong_is_caught(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("toolkit.export.merge.lora_scaling", lambda settings: 2.1)
+    plain = LoraChange.apply
+    monkeypatch.setattr(LoraChange, "apply", lambda self, leaf, base, own: 1.05 * plain(self, leaf, base, own))
     refused(run, tmp_path / "out", ToolkitError, "differs from the live one")
 
 

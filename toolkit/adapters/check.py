@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from toolkit.adapters.kinds import ARGUMENTS, FROM_BASE, INFORMATION, value_problems
 from toolkit.errors import AdapterError, Problem
 from toolkit.families import Family
 
@@ -17,44 +18,31 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 MAX_CONFIG_BYTES = 1 << 20
-# What load_adapter understands; every other field must have peft's default.
-ARGUMENTS = (
-    "base_model_name_or_path",
-    "bias",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "modules_to_save",
-    "r",
-    "target_modules",
-    "task_type",
-)
-PEFT_HEADS = ("classifier", "score")
-INFORMATION = ("inference_mode", "peft_type", "peft_version")
+OTHER_PARTS = (".lora_magnitude_vector", ".vera_", ".ia3_l", ".ln_tuning_layers.", "prompt_embeddings")
 
 
 def read_adapter_config(folder: Path, *, family: Family) -> dict[str, Any]:
-    """Return the arguments of `peft.LoraConfig` for a saved adapter.
+    """Return the arguments of peft's config for a saved adapter, `peft_type` among them.
 
     Args:
         folder: The adapter's folder.
         family: The base's architecture.
 
     Raises:
-        AdapterError: Missing or broken JSON, another peft_type or task, a missing head, or a variant of LoRA that the
-            toolkit does not write.
+        AdapterError: Missing or broken JSON, another peft_type or task, a missing head, or a variant that the toolkit
+            does not write.
     """
     where = str(folder / CONFIG)
     settings = _read_json(folder / CONFIG)
-    if settings.get("peft_type") != "LORA":
-        raise AdapterError(Problem(where, "peft_type", f"{settings.get('peft_type')!r} is not supported", "LORA"))
-    problems = _value_problems(settings, family=family, where=where) + _variant_problems(settings, where=where)
+    kind = settings.get("peft_type")
+    if not isinstance(kind, str) or kind not in ARGUMENTS:
+        right = f"one of {', '.join(ARGUMENTS)}"
+        raise AdapterError(Problem(where, "peft_type", f"{kind!r} is not supported", right))
+    problems = value_problems(settings, family=family, where=where) + _variant_problems(settings, where=where)
     if problems:
         raise AdapterError(problems)
-    return {key: settings[key] for key in ARGUMENTS if key in settings} | {"modules_to_save": list(family.head)}
+    known = {key: settings[key] for key in ARGUMENTS[kind] if key in settings}
+    return known | {"modules_to_save": list(family.head), "peft_type": kind}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -72,69 +60,27 @@ def _read_json(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _value_problems(settings: Mapping[str, Any], *, family: Family, where: str) -> list[Problem]:
-    """Check the values that the toolkit writes, against what it writes."""
-    keys = ("r", "lora_alpha", "lora_dropout", "base_model_name_or_path")
-    r, alpha, dropout, base = (settings.get(key, "") for key in keys)
-    targets, kept, excluded = (settings.get(key) for key in ("target_modules", "modules_to_save", "exclude_modules"))
-    layers, pattern = settings.get("layers_to_transform"), settings.get("layers_pattern")
-    head = f"the head: {', '.join(family.head)}"
-    # peft reads the pattern as a regular expression too.
-    stem = family.blocks.rpartition(".")[2]
-    rules = (
-        ("task_type", settings.get("task_type"), settings.get("task_type") == "SEQ_CLS", "SEQ_CLS"),
-        ("r", r, type(r) is int and r > 0, "a whole number above 0"),
-        ("lora_alpha", alpha, type(alpha) in (int, float) and 0 < alpha < float("inf"), "a number above 0"),
-        ("lora_dropout", dropout, type(dropout) in (int, float) and 0 <= dropout < 1, "a number from 0 to below 1"),
-        ("bias", settings.get("bias"), settings.get("bias") == "none", "none"),
-        ("base_model_name_or_path", base, isinstance(base, str) and bool(base), "the base's name"),
-        # peft reads a string as a regular expression: not from a file that anyone may have written.
-        ("target_modules", targets, _is_names(targets), "a list of module names"),
-        ("exclude_modules", excluded, excluded is None or _is_names(excluded), "null or a list of module names"),
-        ("layers_to_transform", layers, layers is None or _is_numbers(layers), "null or a list of block numbers"),
-        (
-            "layers_pattern",
-            pattern,
-            pattern == (stem if layers else None),
-            f"{stem} with layers_to_transform, else null",
-        ),
-        (
-            "modules_to_save",
-            kept,
-            _is_names(kept) and _keeps_head(kept or [], family),
-            head,
-        ),
-    )
-    return [Problem(where, key, f"{value!r}", right) for key, value, fits, right in rules if not fits]
-
-
-def _keeps_head(kept: list[str], family: Family) -> bool:
-    """Whether peft would wrap the head and nothing else: it matches by ending, and adds its own guesses."""
-    return all(path.endswith(tuple(kept)) for path in family.head) and set(kept) <= {*family.head, *PEFT_HEADS}
-
-
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(number) is int and number >= 0 for number in value)
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(name, str) and name for name in value)
-
-
 def _variant_problems(settings: Mapping[str, Any], *, where: str) -> list[Problem]:
     """Refuse any field of peft's that would change the arithmetic, import a module or open another file."""
-    from peft import LoraConfig
-
+    kind = settings["peft_type"]
     defaults = {
         item.name: item.default if item.default_factory is MISSING else item.default_factory()
-        for item in fields(LoraConfig)
+        for item in fields(config_class(kind))
     }
+    read = {*ARGUMENTS[kind], *INFORMATION, *(FROM_BASE if kind == "PREFIX_TUNING" else ())}
     problems = []
-    for key in sorted(set(settings) - set(ARGUMENTS) - set(INFORMATION)):
+    for key in sorted(set(settings) - read):
         empty = settings[key] in (None, False, {}, [])
         if not (empty or (key in defaults and settings[key] == _as_json(defaults[key]))):
             problems.append(Problem(where, key, f"{settings[key]!r} is not supported", "peft's default"))
     return problems
+
+
+def config_class(kind: str) -> Any:
+    """Return peft's config class of a `peft_type`."""
+    import peft
+
+    return peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
 
 
 def _as_json(value: Any) -> Any:
@@ -179,9 +125,11 @@ def tensor_problems(
 
 
 def _missing(name: str, tensors: Mapping[str, torch.Tensor]) -> tuple[str, str]:
-    """Say of a missing tensor whether it is half of a pair or a part of the head."""
+    """Say of a missing tensor whether it is half of a pair, another part of the adapter, or a part of the head."""
     for half, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
         if f".{half}." in name:
             kind = "half of a LoRA pair is absent" if name.replace(half, other) in tensors else "a LoRA pair is absent"
             return kind, "the file as it was saved"
+    if any(part in name for part in OTHER_PARTS):
+        return "a part of the adapter is absent", "the file as it was saved"
     return "the trained head is absent", "save the adapter with its head (modules_to_save)"

@@ -11,11 +11,20 @@ import torch
 from torch import nn
 
 from toolkit.adapters.apply import inject
-from toolkit.adapters.check import CONFIG, WEIGHTS, read_adapter_config, read_adapter_tensors, tensor_problems
+from toolkit.adapters.as_lora import as_lora
+from toolkit.adapters.check import (
+    CONFIG,
+    WEIGHTS,
+    config_class,
+    read_adapter_config,
+    read_adapter_tensors,
+    tensor_problems,
+)
+from toolkit.adapters.kinds import FROM_BASE
 from toolkit.adapters.methods import unmatched_targets
 from toolkit.durable import write_file_atomically
 from toolkit.errors import AdapterError, Problem, ToolkitError
-from toolkit.families import FAMILIES
+from toolkit.families import FAMILIES, Family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,11 +45,12 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     """
     from safetensors.torch import save
 
-    tensors = _adapter_tensors(model)
-    _prove_head(model, tensors)
+    own = _adapter_tensors(model)
+    _prove_head(model, own)
+    tensors, settings = as_lora(model, own, _config_dict(model))
     folder.mkdir(parents=True, exist_ok=True)
     write_file_atomically(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    write_file_atomically(folder / CONFIG, json.dumps(_config_dict(model), indent=2, sort_keys=True).encode() + b"\n")
+    write_file_atomically(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True).encode() + b"\n")
     written = read_adapter_tensors(folder)
     if written.keys() != tensors.keys() or not all(torch.equal(written[name], tensors[name]) for name in tensors):
         raise ToolkitError(f"{folder / WEIGHTS}: what was written is not what was trained")
@@ -61,20 +71,18 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
         AdapterError: An unknown kind of adapter, a pickle, or tensors that are missing, extra, misshapen, not floating
             point or not finite; every problem, one line each.
     """
-    from peft import LoraConfig, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
     family = FAMILIES[model.config.model_type]
     settings = read_adapter_config(folder, family=family)
     tensors = read_adapter_tensors(folder)
-    module_names = [name for name, _ in model.named_modules()]
-    unmatched = unmatched_targets(settings["target_modules"], module_names, family=family)
-    if unmatched:
-        wrong = f"{', '.join(unmatched)} matches no layer of the base"
-        raise AdapterError(Problem(str(folder / CONFIG), "target_modules", wrong, ", ".join(family.linear)))
+    _check_targets(model, settings, family=family, where=str(folder / CONFIG))
     model.name_or_path = settings["base_model_name_or_path"]
     with torch.random.fork_rng(devices=[]):
-        adapted = inject(model, LoraConfig(**settings))
+        kind = settings.pop("peft_type")
+        adapted = inject(model, config_class(kind)(**settings))
     _give_memory(adapted)
+    _check_sizes(adapted, folder)
     problems = tensor_problems(tensors, _adapter_tensors(adapted), where=str(folder / WEIGHTS))
     if problems:
         raise AdapterError(problems)
@@ -96,6 +104,31 @@ def _give_memory(model: nn.Module) -> None:
                     part.to_empty(device="cpu")
 
 
+def _check_targets(model: nn.Module, settings: Mapping[str, Any], *, family: Family, where: str) -> None:
+    if settings["peft_type"] not in ("LORA", "VERA", "IA3"):
+        return
+    module_names = [name for name, _ in model.named_modules()]
+    unmatched = unmatched_targets(settings["target_modules"], module_names, family=family)
+    if unmatched:
+        wrong = f"{', '.join(unmatched)} matches no layer of the base"
+        raise AdapterError(Problem(where, "target_modules", wrong, ", ".join(family.linear)))
+
+
+def _check_sizes(model: nn.Module, folder: Path) -> None:
+    """Hold a prefix's idea of the base's sizes, by which stock peft would cut it, against the base."""
+    config: Any = model.peft_config["default"]  # type: ignore[index]
+    if not config.is_prompt_learning:
+        return
+    found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    problems = [
+        Problem(str(folder / CONFIG), key, f"{found[key]!r}", f"{getattr(config, key)!r} by the base")
+        for key in FROM_BASE
+        if found.get(key) is not None and found[key] != getattr(config, key)
+    ]
+    if problems:
+        raise AdapterError(problems)
+
+
 def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the adapter and the head by their names on disk; on the CPU, contiguous."""
     from peft import PeftModel, get_peft_model_state_dict
@@ -108,10 +141,12 @@ def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _prove_head(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse to save an adapter whose head would be lost, or is not the one that trained."""
+    # A prefix leaves the model as it is; the other adapters put a tuner around it.
+    inside = "base_model" if model.active_peft_config.is_prompt_learning else "base_model.model"
     for path in FAMILIES[model.config.model_type].head:
         wrapper = model.get_base_model().get_submodule(path)
         for name, parameter in wrapper.modules_to_save["default"].named_parameters():
-            saved = tensors.get(f"base_model.model.{path}.{name}")
+            saved = tensors.get(f"{inside}.{path}.{name}")
             if saved is None or not torch.equal(saved, parameter.detach().cpu()):
                 raise ToolkitError(f"the trained head {path}.{name} is not in the adapter")
 

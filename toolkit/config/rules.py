@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from toolkit.config.document import Path
+from toolkit.config.methods import AdaloraMethod, GradualMethod, LoraMethod, leaves_adapter
 from toolkit.config.schema import Recipe
 
 
@@ -38,6 +39,14 @@ def _labels_repeat(recipe: Recipe) -> bool:
 
 def _is_lm(recipe: Recipe) -> bool:
     return recipe.objective == "language_modeling"
+
+
+def _is_variant(recipe: Recipe, variant: str) -> bool:
+    return isinstance(recipe.method, LoraMethod) and recipe.method.variant == variant
+
+
+def _bits(recipe: Recipe) -> int | None:
+    return None if recipe.quantization is None else recipe.quantization.bits
 
 
 RULES = (
@@ -86,9 +95,55 @@ RULES = (
     ),
     Rule(
         ("quantization",),
-        lambda r: r.quantization is not None and r.method.name != "lora",
+        lambda r: r.quantization is not None and not leaves_adapter(r.method),
         "quantised weights cannot be trained",
-        "method lora, or quantization: null",
+        "method lora, adalora, vera, ia3, prefix or ln_tuning, or quantization: null",
+    ),
+    Rule(
+        ("method", "variant"),
+        lambda r: _is_variant(r, "dora") and _bits(r) == 8,
+        "dora needs the norms of the weights, which peft cannot take of 8-bit ones",
+        "quantization.bits: 4, another variant, or quantization: null",
+    ),
+    Rule(
+        ("method", "variant"),
+        lambda r: _is_variant(r, "pissa") and r.quantization is not None,
+        "pissa takes its start out of the weights, which cannot be stored quantised before that",
+        "another variant, or quantization: null",
+    ),
+    Rule(
+        ("method", "target_r"),
+        lambda r: isinstance(r.method, AdaloraMethod) and r.method.target_r >= r.method.init_r,
+        "adalora cuts ranks: target_r is not below init_r",
+        "target_r: 8 with init_r: 12, for example",
+    ),
+    Rule(
+        ("method", "final_ratio"),
+        lambda r: isinstance(r.method, AdaloraMethod) and r.method.start_ratio + r.method.final_ratio >= 1,
+        "start_ratio and final_ratio leave no step to cut ranks in",
+        "a sum below 1, for example 0.1 and 0.3",
+    ),
+    Rule(
+        ("method", "epochs_per_block"),
+        lambda r: (
+            isinstance(r.method, GradualMethod)
+            and r.method.epochs_per_block == "plateau"
+            and r.evaluation.every == "end"
+        ),
+        "plateau needs evaluations during training",
+        "evaluation.every: epoch or a number of steps",
+    ),
+    Rule(
+        ("training", "gradient_checkpointing"),
+        lambda r: r.method.name == "prefix" and r.training.gradient_checkpointing,
+        "recomputed blocks would lose the prefix, which is handed to them as a cache",
+        "gradient_checkpointing: false, or another method",
+    ),
+    Rule(
+        ("model", "random_init"),
+        lambda r: r.method.name == "prefix" and r.model.random_init,
+        "a prefix cannot be merged into the weights, and random ones are not kept beside it",
+        "another method, or model.random_init: false",
     ),
     Rule(
         ("quantization",),

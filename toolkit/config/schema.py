@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
-MAX_SEED = 2**32 - 1
-
-
-class Section(BaseModel):
-    """What all sections share: unknown keys, loose types and changes are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-Name = Annotated[str, Field(min_length=1)]
+from toolkit.config.methods import FullMethod as FullMethod
+from toolkit.config.methods import HeadMethod as HeadMethod
+from toolkit.config.methods import LastNMethod as LastNMethod
+from toolkit.config.methods import LoraMethod as LoraMethod
+from toolkit.config.methods import Method as Method
+from toolkit.config.section import Fraction, Name, PositiveInt, Section, Seed
 
 
 def _label_text(value: object) -> object:
@@ -80,45 +73,6 @@ class DataSettings(Section):
     )
     max_rows: PositiveInt | None = Field(default=None, description="Use a seeded sample of this many rows.")
     split: SplitSettings = Field(default_factory=SplitSettings, description="Used where one table is split.")
-
-
-class FullMethod(Section):
-    """Train every weight."""
-
-    name: Literal["full"]
-
-
-class HeadMethod(Section):
-    """Train the classification head alone; the body stays frozen."""
-
-    name: Literal["head"]
-
-
-class LastNMethod(Section):
-    """Train the last n blocks, the final norm and the head."""
-
-    name: Literal["last_n"]
-    n: PositiveInt = Field(default=1, description="Blocks trained, counted from the end.")
-
-
-class LoraMethod(Section):
-    """Train low-rank adapters and the head (Hu et al. 2021, arXiv:2106.09685)."""
-
-    name: Literal["lora"] = "lora"
-    r: PositiveInt = Field(default=16, description="Rank of each adapter.")
-    lora_alpha: Annotated[float, Field(gt=0)] = Field(default=32, description="The delta is scaled by alpha / r.")
-    lora_dropout: Fraction = Field(default=0.05, description="Dropout on the adapter's input.")
-    target_modules: Literal["auto", "all-linear"] | Annotated[list[Name], Field(min_length=1)] = Field(
-        default="auto", description="auto: attention projections of the family; all-linear; or module names."
-    )
-    layers: Literal["all"] | Annotated[str, Field(pattern=r"^last_[1-9]\d*$")] = Field(
-        default="all",
-        description="Blocks that get adapters: all, or last_4 for the last four; none below needs a "
-        "backward pass, and the prefix cache serves.",
-    )
-
-
-Method = Annotated[FullMethod | HeadMethod | LastNMethod | LoraMethod, Field(discriminator="name")]
 
 
 class QuantizationSettings(Section):

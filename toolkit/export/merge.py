@@ -22,7 +22,7 @@ from toolkit.export.parity import Parity, prove_parity, reference_logits
 from toolkit.export.staging import staged_folder
 from toolkit.export.stream import MAX_SHARD_BYTES, Read
 from toolkit.export.trained_base import check_settings, resolve_trained_base
-from toolkit.export.weights import MergedWeights, lora_scaling
+from toolkit.export.weights import MergedWeights
 from toolkit.models.base import Base
 from toolkit.models.load import classifier_config, load_classifier
 from toolkit.models.stored import StoredTensors
@@ -180,7 +180,7 @@ def _weights(artifact: Artifact, base: Base, skeleton: PreTrainedModel) -> tuple
         skeleton,
         family=base.family,
         adapter=read_adapter_tensors(artifact.folder),
-        scaling=lora_scaling(settings),
+        settings=settings,
         quantization=_quantization(artifact.manifest),
     )
 

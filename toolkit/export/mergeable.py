@@ -17,7 +17,8 @@ def find_mergeable(source: pathlib.Path, output: pathlib.Path) -> Artifact:
         output: The folder to be made.
 
     Raises:
-        AdapterError: If there is no artifact, or it is merged already, or is a language model.
+        AdapterError: If there is no artifact, or it is merged already, is a language model, or
+            a prefix.
         OutputError: If the output exists, lies in the input, or cannot be written.
     """
     artifact = find_artifact(source)
@@ -26,5 +27,8 @@ def find_mergeable(source: pathlib.Path, output: pathlib.Path) -> Artifact:
         raise AdapterError(Problem(where, "merge", "is merged already", "the run that it was merged from"))
     if not manifest.labels:
         raise AdapterError(Problem(where, "labels", "a language model has no adapter to merge", "a classifier's run"))
+    if manifest.method.get("name") == "prefix":
+        wrong = "a prefix stands beside the weights and cannot be merged into them"
+        raise AdapterError(Problem(where, "method", wrong, "load it with peft, or train lora"))
     check_output(output, inside_of=artifact.run or artifact.folder)
     return artifact

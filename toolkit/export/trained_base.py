@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import pathlib
+from typing import Annotated, Any
 
-from toolkit.adapters.methods import target_modules
-from toolkit.config.schema import LoraMethod, ModelSettings
+from pydantic import Field, TypeAdapter
+
+from toolkit.adapters.configs import saved_settings
+from toolkit.config.methods import AdapterMethod
+from toolkit.config.schema import ModelSettings
 from toolkit.errors import AdapterError, Problem
 from toolkit.export.artifact import Artifact
 from toolkit.families import Family
 from toolkit.models.base import Base, resolve_base
 
 logger = logging.getLogger(__name__)
+METHOD: TypeAdapter[AdapterMethod] = TypeAdapter(Annotated[AdapterMethod, Field(discriminator="name")])
 
 
 def resolve_trained_base(artifact: Artifact, *, base: str | None = None, force: bool = False) -> Base:
@@ -45,16 +50,16 @@ def check_settings(artifact: Artifact, family: Family) -> None:
     """Hold an adapter's own settings against the method in its manifest; other artifacts pass.
 
     Raises:
-        AdapterError: For each of r, lora_alpha and target_modules that differs.
+        AdapterError: For each of peft_type, r, lora_alpha, target_modules and the like that differs.
     """
     if artifact.kind != "adapter":
         return
     from toolkit.adapters.check import CONFIG, read_adapter_config
 
-    method = LoraMethod.model_validate(artifact.manifest.method)
-    wanted = {"r": method.r, "lora_alpha": method.lora_alpha, "target_modules": target_modules(method, family)}
+    method = METHOD.validate_python(artifact.manifest.method)
+    wanted = saved_settings(method, family)
     found = read_adapter_config(artifact.folder, family=family)
-    found["target_modules"] = sorted(found["target_modules"])
+    found = {key: _comparable(found.get(key)) for key in wanted}
     problems = [
         Problem(str(artifact.folder / CONFIG), key, f"is {found[key]!r}", f"{value!r} by the manifest")
         for key, value in wanted.items()
@@ -62,6 +67,11 @@ def check_settings(artifact: Artifact, family: Family) -> None:
     ]
     if problems:
         raise AdapterError(problems)
+
+
+def _comparable(value: Any) -> Any:
+    """Return a setting as ``saved_settings`` spells it: names sorted, no flag for a flag that is off."""
+    return sorted(value) if isinstance(value, list) else (value or False)
 
 
 def _name(artifact: Artifact) -> str:

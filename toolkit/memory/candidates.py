@@ -6,7 +6,9 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from toolkit.config.schema import HeadMethod, LastNMethod, LoraMethod, Method, QuantizationSettings, Recipe
+from toolkit.config.methods import HeadMethod, LastNMethod, LoraMethod, Method, leaves_adapter
+from toolkit.config.rules import broken_rules
+from toolkit.config.schema import QuantizationSettings, Recipe
 
 # A micro-step costs as much as this many tokens more than it has. CPU: at GPT-2's width a token of 1 x 32 took x2.4
 # one of 8 x 32, one of 8 short texts x1.13 that of 32. CUDA: small models are bound by launches; a guess, not measured.
@@ -43,7 +45,8 @@ def candidates(recipe: Recipe) -> list[Recipe]:
             gradient_checkpointing=checkpointing,
             optimizer=optimizer,
         ).model_copy(update={"quantization": quantization})
-        found.append(changed)
+        if not broken_rules(changed):
+            found.append(changed)
     return found
 
 
@@ -55,7 +58,7 @@ def losses(recipe: Recipe, candidate: Recipe) -> int:
 
 def _quantizations(recipe: Recipe) -> list[QuantizationSettings | None]:
     current = recipe.quantization
-    allowed = recipe.method.name == "lora" and not recipe.model.random_init and recipe.objective == "classification"
+    allowed = leaves_adapter(recipe.method) and not recipe.model.random_init and recipe.objective == "classification"
     found: list[QuantizationSettings | None] = [current]
     for bits in (8, 4) if allowed else ():
         if bits < (32 if current is None else current.bits):
@@ -88,8 +91,10 @@ def alternatives(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         ("method.name=head", HeadMethod(name="head")),
     ]
     order = ["full", "lora", "last_n", "head"]
+    # Other methods stand where they need as much memory.
+    like = {"gradual": "full", "head": "head", "last_n": "last_n", "full": "full"}.get(recipe.method.name, "lora")
     for text, method in methods if recipe.objective == "classification" else ():
-        smaller = order.index(method.name) > order.index(recipe.method.name)
+        smaller = order.index(method.name) > order.index(like)
         if smaller and (method.name == "lora" or recipe.quantization is None):
             yield text, recipe.model_copy(update={"method": method})
     length = recipe.model.max_length // 2

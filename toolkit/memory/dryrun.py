@@ -19,7 +19,8 @@ class DryRun:
         self.shape, self.batch, self.setting, self.tape = shape, batch, setting, tape
         self.layers = Layers(shape, batch, setting=setting, tape=tape)
         self.gpt2 = shape.family.tokenizer == "bpe"
-        self.pools_last = shape.objective == "classification"
+        # A prefix is handed to the stock padded forward, which answers for every token.
+        self.pools_last = shape.objective == "classification" and shape.prefix == 0
 
     def forward(self) -> Value:
         """Run embeddings, blocks and head; return the loss."""

@@ -98,7 +98,8 @@ def estimate(
     accumulating = training.gradient_accumulation_steps > 1
     kept = shape.frozen if prefix else 0
     passes = [("training", batch, kept) for batch in batches] + [("evaluation", batch, kept) for batch in evaluation]
-    for name, batch, below in passes + [("frozen blocks", batch, 0) for batch in prefix]:
+    for name, given, below in passes + [("frozen blocks", batch, 0) for batch in prefix]:
+        batch = given.padded(shape.prefix) if shape.prefix else given
         learns = name == "training"
         tape = Tape(accumulating=accumulating)
         held = resident(shape, training=training, quantization=quantization, device=device)
@@ -140,9 +141,10 @@ def resident(
     shape: ModelShape, *, training: TrainingSettings, quantization: QuantizationSettings | None, device: str
 ) -> dict[str, int]:
     """Return what lies in memory all the time: weights, quantisation state, optimizer state."""
-    lora = any(linear.rank for linear in shape.linears)
+    keeps = shape.adapters > 0
     # peft keeps the untrained head beside the trained one.
-    whole = sum(shape.embedding_tensors) + shape.final_norm + shape.head * (2 if lora else 1) + shape.adapters
+    whole = sum(shape.embedding_tensors) + shape.final_norm + shape.head * (2 if keeps else 1)
+    whole += shape.adapters + shape.buffers
     whole += shape.layers * shape.block_rest
     # DistilBERT's position ids are an int64 buffer.
     buffers = 0 if shape.family.final_norm else 8 * shape.positions

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from toolkit.memory.linears import Linear
 from toolkit.memory.microbatch import MicroBatch, Setting
-from toolkit.memory.shape import Linear, ModelShape
+from toolkit.memory.shape import ModelShape
 from toolkit.memory.tape import Tape, Value
 
 FULL = 4  # bytes of a float32
@@ -51,6 +52,9 @@ class Layers:
     def attend(self, parts: tuple[Value, ...], *, single: bool) -> Value:
         """Run attention within each row; ``single`` with one query a row."""
         tape, shape, batch = self.tape, self.shape, self.batch
+        if shape.prefix and self.setting.training:
+            prefix = 2 * shape.prefix * shape.width * FULL
+            parts = (*parts, tape.record(batch.rows * prefix, (), parameters=(prefix,)))
         if self._pads():
             return self._attend_padded(parts, single=single)
         queries = batch.rows if single else batch.tokens
@@ -138,7 +142,9 @@ class Layers:
         """Run a layer norm."""
         # Mean and reciprocal deviation of every row are kept beside the input.
         statistics = 2 * source.size // self.shape.width
-        own = (self.shape.width * FULL,) * 2 if trained else ()
+        shape, training = self.shape, self.setting.training
+        vectors = 2 if trained or (training and shape.norms_train) else int(training and shape.biases_train)
+        own = (shape.width * FULL,) * vectors
         return self.tape.record(source.size, (source,), saves=(source,), extra=statistics, parameters=own)
 
     def linear(self, source: Value, layer: Linear, *, trained: bool) -> Value:
@@ -159,12 +165,22 @@ class Layers:
             saves, copy = ((), source.size // 2) if wide else ((source,), 0)
             result = tape.record(size, (source,), saves=saves, extra=cast + copy, parameters=own)
         else:
-            result = tape.record(size, (source,), extra=cast)
-        return self._adapted(source, result, layer, rows=rows) if layer.rank and self.adapted else result
+            bias = (layer.fan_out * FULL,) if self.setting.training and self.shape.biases_train else ()
+            result = tape.record(size, (source,), extra=cast, parameters=bias)
+        if not self.adapted:
+            return result
+        if layer.rank:
+            return self._adapted(source, result, layer, rows=rows)
+        return self._scaled(result, layer) if layer.up else result
 
     def _rows(self, source: Value, layer: Linear) -> int:
         full = self.batch.tokens * layer.fan_in
         return self.batch.tokens if source.size >= full * self.low else self.batch.rows
+
+    def _scaled(self, result: Value, layer: Linear) -> Value:
+        """Scale a layer's output, or what is as large, its input."""
+        own = (layer.up * FULL,) if self.setting.training else ()
+        return self.then(result, self.tape.record(result.size, (result,), saves=(result,), parameters=own))
 
     def _adapted(self, source: Value, result: Value, layer: Linear, *, rows: int) -> Value:
         tape, training = self.tape, self.setting.training
@@ -175,13 +191,13 @@ class Layers:
             rows * layer.rank * self.low,
             (seen,),
             saves=(seen,),
-            parameters=(layer.rank * layer.fan_in * FULL,) if training else (),
+            parameters=(layer.down * FULL,) if training and layer.down else (),
         )
         up = tape.record(
             result.size,
             (down,),
             saves=(down,),
-            parameters=(layer.rank * layer.fan_out * FULL,) if training else (),
+            parameters=(layer.up * FULL,) if training else (),
         )
         tape.free(down)
         scaled = self.then(up, tape.record(up.size, (up,)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,12 @@ class MicroBatch:
     longest: int
     targets: int = 0
     classes: int = 0
+
+    def padded(self, before: int) -> MicroBatch:
+        """Return the sizes as the stock forward sees them, with ``before`` keys more before each row."""
+        tokens = self.rows * self.longest
+        squares = tokens * (self.longest + before)
+        return replace(self, tokens=tokens, squares=squares, largest_run=squares, repeated=tokens)
 
     @staticmethod
     def of(lengths: Sequence[int], *, targets: int = 0, classes: int = 0) -> MicroBatch:

@@ -7,9 +7,22 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from toolkit.adapters.freeze import trained_prefixes
-from toolkit.adapters.methods import adapted_blocks, target_modules
-from toolkit.config.schema import LoraMethod, Recipe
+from toolkit.adapters.methods import adapted_blocks
+from toolkit.config.methods import (
+    AdaloraMethod,
+    BiasMethod,
+    FreezingMethod,
+    LayeredMethod,
+    LnTuningMethod,
+    LoraMethod,
+    Method,
+    PrefixMethod,
+    TargetedMethod,
+    VeraMethod,
+)
+from toolkit.config.schema import Recipe
 from toolkit.families import FAMILIES, Family
+from toolkit.memory.linears import Linear, block_linears
 
 # config.json's spellings: width of the MLP, dropout of residuals, embeddings and attention weights, activation.
 KEYS = {
@@ -20,28 +33,6 @@ KEYS = {
 DROPOUT = 0.1
 ACTIVATION = {"gpt2": "gelu_new", "distilbert": "gelu"}
 VOCABULARY = "vocab_size"
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer of a block.
-
-    Attributes:
-        name: Its suffix in the family's table.
-        fan_in: Input width.
-        fan_out: Output width.
-        rank: Rank of the adapter on it; 0 without one.
-    """
-
-    name: str
-    fan_in: int
-    fan_out: int
-    rank: int = 0
-
-    @property
-    def weight(self) -> int:
-        """Elements of the weight."""
-        return self.fan_in * self.fan_out
 
 
 @dataclass(frozen=True)
@@ -66,6 +57,10 @@ class ModelShape:
         first_adapted: First block with adapters; ``layers`` if none has.
         embeddings_train: Whether the embeddings train.
         norm_trains: Whether the norm behind the last block trains.
+        biases_train: Whether biases train everywhere.
+        norms_train: Whether copies of all layer norms train beside them.
+        prefix: Tokens of a trained prefix.
+        buffers: Elements kept for the adapters that are no parameters.
     """
 
     family: Family
@@ -85,6 +80,10 @@ class ModelShape:
     first_adapted: int
     embeddings_train: bool
     norm_trains: bool
+    biases_train: bool = False
+    norms_train: bool = False
+    prefix: int = 0
+    buffers: int = 0
 
     @property
     def embedding_tensors(self) -> tuple[int, ...]:
@@ -113,14 +112,33 @@ class ModelShape:
 
     @property
     def adapters(self) -> int:
-        """Elements of all adapters: A is (r, in), B is (out, r) (Hu et al. 2021)."""
+        """Elements of all adapters, those that do not train included."""
+        fixed = (self.layers - self.first_adapted) * sum(linear.fixed for linear in self.linears)
+        return self.adapters_trained + fixed
+
+    @property
+    def adapters_trained(self) -> int:
+        """Elements of all adapters that train: of LoRA, A (r, in) and B (out, r) (Hu et al. 2021)."""
         adapted = self.layers - self.first_adapted
-        return adapted * sum(linear.rank * (linear.fan_in + linear.fan_out) for linear in self.linears)
+        own = adapted * sum(linear.down + linear.up for linear in self.linears)
+        return own + self.norms * self.norms_train + 2 * self.layers * self.prefix * self.width
+
+    @property
+    def norms(self) -> int:
+        """Elements of all layer norms: two a block, one behind the blocks or behind the embeddings."""
+        return (4 * self.layers + 2) * self.width
+
+    @property
+    def biases(self) -> int:
+        """Elements of all biases but the head's."""
+        linear = self.layers * sum(layer.fan_out for layer in self.linears)
+        return linear + (2 * self.layers + 1) * self.width
 
     @property
     def frozen(self) -> int:
         """Blocks, from the first, that no gradient reaches."""
-        if self.embeddings_train or self.objective != "classification":
+        everywhere = self.embeddings_train or self.biases_train or self.norms_train or self.prefix > 0
+        if everywhere or self.objective != "classification":
             return 0
         return min(self.first_trained, self.first_adapted, self.layers - self.norm_trains)
 
@@ -140,7 +158,8 @@ class ModelShape:
         """Elements that get a gradient."""
         blocks = (self.layers - self.first_trained) * (self.block_weights + self.block_rest)
         norm = self.final_norm if self.norm_trains else 0
-        return self.adapters + self.head + blocks + norm + sum(self.embedding_tensors) * self.embeddings_train
+        rest = sum(self.embedding_tensors) * self.embeddings_train + self.biases * self.biases_train
+        return self.adapters_trained + self.head + blocks + norm + rest
 
 
 def model_shape(config: Mapping[str, Any], recipe: Recipe, *, labels: int) -> ModelShape:
@@ -162,7 +181,10 @@ def model_shape(config: Mapping[str, Any], recipe: Recipe, *, labels: int) -> Mo
     # models.flat runs torch's kernel instead of a GPT-2 classifier's gelu_new; DistilBERT's MLP and language models run
     # transformers' code.
     fuses = family.model_type == "gpt2" and recipe.objective == "classification"
-    lora = recipe.method if isinstance(recipe.method, LoraMethod) else None
+    method = recipe.method
+    targeted = method if isinstance(method, TargetedMethod) else None
+    layered = method if isinstance(method, LayeredMethod) else None
+    linears = block_linears(family, width=width, inner=inner, method=targeted)
     shape = ModelShape(
         family=family,
         objective=recipe.objective,
@@ -178,36 +200,39 @@ def model_shape(config: Mapping[str, Any], recipe: Recipe, *, labels: int) -> Mo
             float(config.get(embedding, DROPOUT)),
             float(config.get(attention, DROPOUT)),
         ),
-        lora_dropout=lora.lora_dropout if lora else 0.0,
+        lora_dropout=_adapter_dropout(method),
         activation="python" if named == "gelu_new" and not fuses else "fused",
-        linears=_linears(family, width=width, inner=inner, lora=lora),
+        linears=linears,
         first_trained=layers,
-        first_adapted=min(adapted_blocks(lora, blocks=layers)) if lora else layers,
+        first_adapted=min(adapted_blocks(layered, blocks=layers)) if layered else 0 if targeted else layers,
         embeddings_train=False,
         norm_trains=False,
+        biases_train=isinstance(method, BiasMethod),
+        norms_train=isinstance(method, LnTuningMethod),
+        prefix=method.num_virtual_tokens if isinstance(method, PrefixMethod) else 0,
+        buffers=_shared(method, linears),
     )
-    if isinstance(recipe.method, LoraMethod):
+    if isinstance(method, LoraMethod) and method.variant == "pissa":
+        # Its start is kept for the file.
+        return replace(shape, buffers=shape.adapters)
+    if not isinstance(method, FreezingMethod) or isinstance(method, BiasMethod):
         return shape
-    prefixes = trained_prefixes(recipe.method, family, blocks=layers)
+    prefixes = trained_prefixes(method, family, blocks=layers)
     everything = "" in prefixes
     first = min((i for i in range(layers) if everything or f"{family.blocks}.{i}" in prefixes), default=layers)
     norm = everything or family.final_norm in prefixes
     return replace(shape, first_trained=first, embeddings_train=everything, norm_trains=norm)
 
 
-def _linears(family: Family, *, width: int, inner: int, lora: LoraMethod | None) -> tuple[Linear, ...]:
-    targets = target_modules(lora, family) if lora else []
-    rank = lora.r if lora else 0
-    found = []
-    for name in family.linear:
-        last = name.rpartition(".")[2]
-        fan_in = inner if name in ("mlp.c_proj", "lin2") else width
-        fan_out = {"c_attn": 3 * width, "c_fc": inner, "lin1": inner}.get(last, width)
-        adapted = any(_matches(name, target) for target in targets)
-        found.append(Linear(name, fan_in, fan_out, rank if adapted else 0))
-    return tuple(found)
+def _adapter_dropout(method: Method) -> float:
+    if isinstance(method, LoraMethod | AdaloraMethod):
+        return method.lora_dropout
+    return method.vera_dropout if isinstance(method, VeraMethod) else 0.0
 
 
-def _matches(name: str, target: str) -> bool:
-    """Return whether a target names this layer, by peft's rule: the whole name or a dotted end of it."""
-    return name == target or name.endswith(f".{target}") or target.endswith(f".{name}")
+def _shared(method: Method, linears: tuple[Linear, ...]) -> int:
+    """Return the elements of VeRA's random matrices, as large as the largest adapted layer."""
+    adapted = [linear for linear in linears if linear.rank]
+    if not isinstance(method, VeraMethod) or not adapted:
+        return 0
+    return method.r * (max(linear.fan_in for linear in adapted) + max(linear.fan_out for linear in adapted))

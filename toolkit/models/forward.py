@@ -13,6 +13,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from toolkit.families import FAMILIES
 from toolkit.models.flat import pooled_states, runs_flat, suffix_states
 from toolkit.models.streamed import StreamedBlocks
+from toolkit.parameters import trains
 
 
 class Prefix(NamedTuple):
@@ -49,6 +50,7 @@ class _FlatClassifier:
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         prefix: Prefix | None = None,
+        past_key_values: Any = None,
     ) -> SequenceClassifierOutput:
         """Return the logits (B, labels); the arguments from `inputs_embeds` to `return_dict` exist for peft alone.
 
@@ -61,11 +63,15 @@ class _FlatClassifier:
             output_hidden_states: Unused.
             return_dict: Unused.
             prefix: Instead of `input_ids`, what the first blocks made of them.
+            past_key_values: Keys and values of P trained tokens before each row (peft's prefix tuning); the
+                attention mask then is (B, P + T). The padded forward takes them.
         """
         if prefix is not None:
             pooled = suffix_states(self, prefix.states, prefix.lengths, blocks=prefix.blocks)
         elif input_ids is None or inputs_embeds is not None:
             raise ValueError("input_ids is needed, inputs_embeds is not supported")
+        elif past_key_values is not None:
+            pooled = self.pooled_padded(input_ids, attention_mask, past_key_values)
         elif runs_flat(self):
             pooled = pooled_states(self, input_ids, attention_mask)
         else:
@@ -81,10 +87,14 @@ class GPT2ForSequenceClassification(_FlatClassifier, transformers.GPT2ForSequenc
     name because `save_pretrained` writes the class name into config.json.
     """
 
-    def pooled_padded(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def pooled_padded(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Any = None
+    ) -> torch.Tensor:
         """Return (B, width) by the stock padded body."""
-        hidden = self.transformer(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        return _last_real(hidden, attention_mask)
+        hidden = self.transformer(
+            input_ids, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=False
+        ).last_hidden_state
+        return _last_real(hidden, None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :])
 
     def head_logits(self, pooled: torch.Tensor) -> torch.Tensor:
         """Return the logits (B, labels) of pooled states (B, width)."""
@@ -150,20 +160,23 @@ def classify(model: nn.Module, batch: Mapping[str, torch.Tensor], *, blocks: int
 
 
 def frozen_blocks(model: nn.Module) -> int:
-    """Return how many blocks, from the first, no gradient reaches; 0 where the embeddings train.
+    """Return how many blocks, from the first, no gradient reaches in the whole run; 0 where the embeddings train.
 
     Args:
         model: A classifier with its method applied, or a language model.
     """
     base = unwrapped(model)
     family = FAMILIES[base.config.model_type]
-    if any(p.requires_grad for path in family.embeddings for p in base.get_submodule(path).parameters()):
+    if any(trains(p) for path in family.embeddings for p in base.get_submodule(path).parameters()):
+        return 0
+    if hasattr(model, "prompt_encoder"):
+        # A trained prefix stands before the texts in every block.
         return 0
     blocks = list(base.get_submodule(family.blocks).children())
-    count = next((n for n, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())), len(blocks))
+    count = next((n for n, block in enumerate(blocks) if any(trains(p) for p in block.parameters())), len(blocks))
     norm = () if family.final_norm is None else base.get_submodule(family.final_norm).parameters()
     # A pooled state stands behind the final norm, so where that trains, the last block is not part of the prefix.
-    return min(count, len(blocks) - 1) if any(p.requires_grad for p in norm) else count
+    return min(count, len(blocks) - 1) if any(trains(p) for p in norm) else count
 
 
 def rest_frozen_blocks(model: nn.Module) -> None:

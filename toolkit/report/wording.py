@@ -8,8 +8,41 @@ from typing import Any
 from toolkit.report.run_record import RunRecord
 
 METHODS = {
-    "full": "every weight was trained",
-    "head": "only the classification head was trained",
+    "full": ("full fine-tuning", "every weight was trained"),
+    "head": ("head only", "only the classification head was trained"),
+    "gradual": (
+        "gradual unfreezing",
+        "the classification head was trained first, then one block more at a time from the top; the embeddings stayed "
+        "frozen",
+    ),
+    "bias": ("biases and head", "the biases and the classification head were trained; the rest stayed frozen"),
+    "adalora": (
+        "AdaLoRA",
+        "low-rank adapters whose ranks were cut during training, and the classification head were trained; the base "
+        "stayed frozen",
+    ),
+    "vera": (
+        "VeRA",
+        "vectors that scale fixed random matrices beside the base's weights, and the classification head were trained; "
+        "the base stayed frozen",
+    ),
+    "ia3": (
+        "IA3",
+        "scales of keys, values and inner units, and the classification head were trained; the base stayed frozen",
+    ),
+    "prefix": (
+        "prefix tuning",
+        "keys and values that stand before every text, and the classification head were trained; the base stayed "
+        "frozen",
+    ),
+    "ln_tuning": ("layer norms and head", "the layer norms and the classification head were trained"),
+}
+VARIANTS = {
+    "rslora": "rank-stabilised LoRA",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "eva": "LoRA started by EVA",
+    "lora_fa": "LoRA-FA",
 }
 
 
@@ -41,11 +74,12 @@ def method_name(method: Mapping[str, Any]) -> str:
     """Return the method as ``LoRA, rank 16``."""
     name = method["name"]
     if name == "lora":
-        return f"LoRA, rank {method['r']}"
+        variant = VARIANTS.get(method.get("variant", "lora"), "LoRA")
+        return f"{variant}, rank {method['r']}"
     if name == "last_n":
         blocks = method["n"]
         return "last block and head" if blocks == 1 else f"last {blocks} blocks and head"
-    return {"full": "full fine-tuning", "head": "head only"}.get(name, str(name))
+    return METHODS[name][0] if name in METHODS else str(name)
 
 
 def method_sentence(method: Mapping[str, Any]) -> str:
@@ -54,15 +88,16 @@ def method_sentence(method: Mapping[str, Any]) -> str:
     if name == "lora":
         targets = method.get("target_modules", "auto")
         where = targets if isinstance(targets, str) else ", ".join(targets)
+        variant = VARIANTS.get(method.get("variant", "lora"), "LoRA")
         return (
-            f"LoRA adapters, pairs of small matrices of rank {method['r']} added to the base's own weights, and the "
-            f"classification head were trained; the base stayed frozen (alpha {method['lora_alpha']:g}, dropout "
+            f"{variant} adapters, pairs of small matrices of rank {method['r']} added to the base's own weights, and "
+            f"the classification head were trained; the base stayed frozen (alpha {method['lora_alpha']:g}, dropout "
             f"{method['lora_dropout']:g}, target modules: {where})"
         )
     if name == "last_n":
         blocks = "the last block" if method["n"] == 1 else f"the last {method['n']} blocks"
         return f"{blocks}, the final norm and the classification head were trained; the rest stayed frozen"
-    return METHODS.get(name, f"method {name}")
+    return METHODS[name][1] if name in METHODS else f"method {name}"
 
 
 def storage(quantization: Mapping[str, Any] | None) -> str:

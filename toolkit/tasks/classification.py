@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from toolkit.adapters.apply import apply_method
+from toolkit.adapters.eva import TOKENS, start_from_data
+from toolkit.adapters.schedule import orthogonality_penalty
+from toolkit.config.methods import AdaloraMethod, LoraMethod, leaves_adapter
+from toolkit.config.schema import Recipe
 from toolkit.data.batching import collate
 from toolkit.data.parts import Part
+from toolkit.data.shuffle import epoch_order
 from toolkit.evaluation.evaluate import predict_logits
 from toolkit.evaluation.metrics import classification_metrics, validation_metrics
 from toolkit.evaluation.mistakes import Mistake, confident_mistakes
@@ -63,7 +70,10 @@ class ClassificationTask:
             labels=self._labels["train"],
             pad_id=tokenizer.pad_id,
             cache=self._caches.get("train"),
+            penalty=_penalty(self.model, recipe),
         )
+        if isinstance(recipe.method, LoraMethod) and recipe.method.variant == "eva":
+            self._start_from_texts()
         self._test_logits: Floats | None = None
 
     def _build(self, plan: PrefixPlan | None) -> None:
@@ -90,6 +100,15 @@ class ClassificationTask:
                 self.model, self.tables, plan, pad_id=self._tokenizer.pad_id, accelerator=accelerator,
                 listener=self._listener,
             )  # fmt: skip
+
+    def _start_from_texts(self) -> None:
+        """Give every A of EVA its start: one batch of the rows that the first epoch begins with."""
+        seed, lengths = self._recipe.training.seed, self.tables["train"].lengths
+        order = epoch_order(len(lengths), seed=seed, epoch=0)
+        count = int(np.searchsorted(np.cumsum(lengths[order]), TOKENS)) + 1
+        batch = self.objective.batch(order[:count], step=0)
+        moved = {name: tensor.to(self._accelerator.device) for name, tensor in batch.items()}
+        start_from_data(self.model, lambda: self.objective(moved), seed=seed)
 
     def validate(self) -> dict[str, float]:
         """Return loss, accuracy and macro F1 of the validation rows."""
@@ -143,8 +162,8 @@ class ClassificationTask:
         return np.ascontiguousarray(shares.transpose(1, 0, 2).reshape(share * processes, -1)[: len(table)])
 
     def save(self, folder: pathlib.Path) -> Kind:
-        """Write what stock peft (lora) or stock transformers (the other methods) load."""
-        kind: Kind = "adapter" if self._recipe.method.name == "lora" else "model"
+        """Write what stock peft or, for methods without an adapter, stock transformers loads."""
+        kind: Kind = "adapter" if leaves_adapter(self._recipe.method) else "model"
         model = self.model
         if kind == "adapter" and self._recipe.model.random_init:
             # No base exists that the adapter could be loaded onto.
@@ -152,6 +171,13 @@ class ClassificationTask:
             model, kind = merged.merge_and_unload(), "model"
         write_artifact(model, folder / kind, kind=kind, recipe=self._recipe, base=self._base, labels=self._names)
         return kind
+
+
+def _penalty(model: nn.Module, recipe: Recipe) -> Callable[[], torch.Tensor] | None:
+    method = recipe.method
+    if not isinstance(method, AdaloraMethod) or method.orthogonal_weight == 0:
+        return None
+    return partial(orthogonality_penalty, model, method.orthogonal_weight)
 
 
 def _labels(part: Part) -> NDArray[np.int64]:

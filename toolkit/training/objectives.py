@@ -57,14 +57,23 @@ class ClassificationObjective(nn.Module):
         labels: int64, shape (rows,).
         pad_id: Fills short rows.
         cache: What the frozen blocks make of the rows; None runs them.
+        penalty: Added to the mean loss, a scalar; None adds nothing.
     """
 
     def __init__(
-        self, model: nn.Module, *, table: TokenTable, labels: Rows, pad_id: int, cache: RowCache | None = None
+        self,
+        model: nn.Module,
+        *,
+        table: TokenTable,
+        labels: Rows,
+        pad_id: int,
+        cache: RowCache | None = None,
+        penalty: Callable[[], torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self._table, self._labels, self._pad_id, self._cache = table, labels, pad_id, cache
+        self._penalty = penalty
 
     def train(self, mode: bool = True) -> ClassificationObjective:
         """Set training mode, but for what is frozen below the first trained block."""
@@ -92,7 +101,9 @@ class ClassificationObjective(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the summed loss, a scalar."""
         logits = classify(self.model, batch, blocks=0 if self._cache is None else self._cache.blocks)
-        return functional.cross_entropy(logits.float(), batch["labels"], reduction="sum", ignore_index=-100)
+        loss = functional.cross_entropy(logits.float(), batch["labels"], reduction="sum", ignore_index=-100)
+        # The sum is divided by the rows of all micro-batches: with each row goes its share of the penalty.
+        return loss if self._penalty is None else loss + self.weight(batch) * self._penalty()
 
 
 class LanguageModelingObjective(nn.Module):

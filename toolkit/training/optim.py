@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,32 +11,40 @@ from torch import nn
 
 from toolkit.config.schema import TrainingSettings
 from toolkit.errors import CapabilityError, Problem
+from toolkit.parameters import trains
 
 
 def parameter_groups(
-    named: Iterable[tuple[str, nn.Parameter]], settings: TrainingSettings, *, embeddings: tuple[str, ...] = ()
+    named: Iterable[tuple[str, nn.Parameter]],
+    settings: TrainingSettings,
+    *,
+    embeddings: tuple[str, ...] = (),
+    scale_of: Callable[[str], float] = lambda name: 1.0,
 ) -> list[dict[str, Any]]:
-    """Return groups of the parameters that train: matrices with decay, vectors without, embeddings with their own rate.
+    """Return groups of the parameters that train: matrices with decay, vectors without, each rate apart.
 
     Args:
         named: ``model.named_parameters()``.
         settings: Weight decay and learning rates.
-        embeddings: Module paths of the embeddings (``Family.embeddings``).
+        embeddings: Module paths of the embeddings (``Family.embeddings``), which may have their own rate.
+        scale_of: A parameter's learning rate over ``settings.learning_rate``, by its name (``adapters.rates``).
 
     Returns:
-        Optimizer groups; ``rate_scale`` is a group's learning rate over ``settings.learning_rate``.
+        Optimizer groups, highest rate first; ``rate_scale`` is a group's learning rate over
+        ``settings.learning_rate``.
     """
-    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     own_rate = settings.embedding_learning_rate
-    embedded = [p for name, p in trained if own_rate is not None and _is_within(name, embeddings)]
-    others = [p for _, p in trained if not any(p is other for other in embedded)]
-    scale = 1.0 if own_rate is None else own_rate / settings.learning_rate
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in others if p.ndim >= 2], "weight_decay": settings.weight_decay, "rate_scale": 1.0},
-        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "rate_scale": 1.0},
-        {"params": embedded, "weight_decay": 0.0, "rate_scale": scale},
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        if not trains(parameter):
+            continue
+        embedded = own_rate is not None and _is_within(name, embeddings)
+        scale = own_rate / settings.learning_rate if embedded and own_rate is not None else scale_of(name)
+        groups.setdefault((embedded, -scale, parameter.ndim < 2 or embedded), []).append(parameter)
+    return [
+        {"params": groups[key], "weight_decay": 0.0 if key[2] else settings.weight_decay, "rate_scale": -key[1]}
+        for key in sorted(groups)
     ]
-    return [group for group in groups if group["params"]]
 
 
 def _is_within(name: str, modules: tuple[str, ...]) -> bool:
@@ -44,14 +52,24 @@ def _is_within(name: str, modules: tuple[str, ...]) -> bool:
 
 
 def build_optimizer(
-    model: nn.Module, settings: TrainingSettings, *, embeddings: tuple[str, ...] = ()
+    model: nn.Module,
+    settings: TrainingSettings,
+    *,
+    embeddings: tuple[str, ...] = (),
+    scale_of: Callable[[str], float] = lambda name: 1.0,
 ) -> torch.optim.Optimizer:
-    """Return the optimizer that ``settings.optimizer`` names, over the parameters that train.
+    """Return the optimizer that ``settings.optimizer`` names, over the parameters that train, now or later.
+
+    Args:
+        model: The model with its method applied.
+        settings: The recipe's training section.
+        embeddings: As for ``parameter_groups``.
+        scale_of: As for ``parameter_groups``.
 
     Raises:
         CapabilityError: If bitsandbytes is asked for and cannot be imported.
     """
-    groups = parameter_groups(model.named_parameters(), settings, embeddings=embeddings)
+    groups = parameter_groups(model.named_parameters(), settings, embeddings=embeddings, scale_of=scale_of)
     rate = settings.learning_rate
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=0.9)

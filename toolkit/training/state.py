@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from toolkit.adapters.apply import load_trainable_state, trainable_state
+from toolkit.adapters.schedule import MethodSchedule
 from toolkit.training.checkpoint import Checkpoint
 
 Tensors = dict[str, dict[str, torch.Tensor]]
@@ -22,6 +23,7 @@ class Progress:
 
     Attributes:
         step: Optimizer steps done.
+        stalls: Evaluations so far that were not the best.
         best_step: Step of the best evaluation, or None.
         best_value: Metric value there.
         best_loss: Validation loss there; breaks ties of the metric.
@@ -38,6 +40,7 @@ class Progress:
     """
 
     step: int = 0
+    stalls: int = 0
     best_step: int | None = None
     best_value: float | None = None
     best_loss: float | None = None
@@ -54,11 +57,17 @@ class Progress:
 
 
 def capture(
-    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, progress: Progress
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    progress: Progress,
+    schedule: MethodSchedule,
 ) -> tuple[Tensors, dict[str, Any]]:
     """Return a checkpoint's tensors and its JSON state."""
     moments, scalars = _optimizer_state(optimizer)
     tensors = {"trainable": trainable_state(model), "optimizer": moments, "random": _random_state(accelerator)}
+    if method := schedule.state():
+        tensors["method"] = method
     state = {"progress": asdict(progress), "optimizer": scalars, "processes": accelerator.num_processes}
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler.state_dict()
@@ -66,10 +75,15 @@ def capture(
 
 
 def restore(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    schedule: MethodSchedule,
 ) -> Progress:
     """Put a checkpoint back and return where training stood."""
     load_trainable_state(model, checkpoint.tensors["trainable"])
+    schedule.load_state(checkpoint.tensors.get("method", {}))
     _load_optimizer(optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
     # With another number of processes the run goes on, but its dropout masks are new ones.
     if checkpoint.state["processes"] == accelerator.num_processes:

@@ -16,9 +16,11 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from toolkit.adapters.apply import load_trainable_state
+from toolkit.adapters.schedule import MethodSchedule
 from toolkit.config.schema import Recipe
 from toolkit.errors import DivergedError, StoppedError
 from toolkit.models.forward import checkpoint_activations
+from toolkit.parameters import trained_parameters
 from toolkit.runtime import is_out_of_memory, memory_errors, resident_bytes, return_freed_memory
 from toolkit.training.checkpoint import Checkpoint, load_best, rotate, save_checkpoint, steps_on_disk
 from toolkit.training.observer import Observer, StepRecord
@@ -45,6 +47,7 @@ class Trainer:
         inputs: Hashes of data and base, kept in every checkpoint.
         evaluate: Returns validation metrics, or None where there are no validation rows.
         observer: Hears of steps, log lines and evaluations.
+        schedule: What the method changes while it trains.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Trainer:
         inputs: dict[str, str],
         evaluate: Callable[[], dict[str, float]] | None,
         observer: Observer,
+        schedule: MethodSchedule | None = None,
     ) -> None:
         self.model: nn.Module = objective.model
         self.accelerator, self.plan, self.recipe = accelerator, plan, recipe
@@ -69,13 +73,14 @@ class Trainer:
         placement = [False, True] if streamed else None
         self._wrapped, self.optimizer = accelerator.prepare(objective, optimizer, device_placement=placement)
         self._evaluate, self._observer = evaluate, observer
-        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._schedule = schedule or MethodSchedule()
+        self._trained = [parameter for _, parameter in trained_parameters(self.model)]
         self._signals = StopSignals(accelerator)
         self.progress = Progress()
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
-        self.progress = restore(checkpoint, self.model, self.optimizer, self.accelerator)
+        self.progress = restore(checkpoint, self.model, self.optimizer, self.accelerator, self._schedule)
         if self.progress.recomputing:
             checkpoint_activations(self.model)
 
@@ -106,6 +111,7 @@ class Trainer:
 
     def _step(self, step: int) -> float:
         """Take one optimizer step over a global batch and return its mean loss."""
+        self._schedule.before_step(epoch=self.plan.locate(step)[0], stalls=self.progress.stalls)
         loss, tokens = self._gradients(step)
         loss = self._total(loss)
         self._check_finite(loss, "loss", step)
@@ -116,6 +122,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate * group["rate_scale"]
         self.optimizer.step()
+        self._schedule.after_step(step + 1)
         self.optimizer.zero_grad()
         self._check_weights(step)
         self.progress.tokens += int(tokens)
@@ -258,6 +265,7 @@ class Trainer:
             name = self.recipe.evaluation.metric
             progress.best_step, progress.best_value, progress.best_loss = progress.step, metrics[name], metrics["loss"]
         progress.stale = 0 if better else progress.stale + 1
+        progress.stalls += not better
         patience = self.recipe.evaluation.early_stopping_patience
         progress.stopped_early = patience is not None and progress.stale >= patience
         return better
@@ -276,7 +284,7 @@ class Trainer:
         """Write a checkpoint of this step and let old ones go."""
         started = time.perf_counter()
         progress = self.progress
-        tensors, state = capture(self.model, self.optimizer, self.accelerator, progress)
+        tensors, state = capture(self.model, self.optimizer, self.accelerator, progress, self._schedule)
         if self.accelerator.is_main_process:
             save_checkpoint(self.checkpoints, progress.step, tensors=tensors, state={**state, "inputs": self.inputs})
             protected = set() if progress.best_step is None else {progress.best_step}

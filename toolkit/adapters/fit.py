@@ -1,0 +1,44 @@
+"""Refuses a method that a base cannot take, before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from toolkit.adapters.freeze import trained_blocks
+from toolkit.adapters.methods import adapted_blocks, target_modules
+from toolkit.config.methods import FreezingMethod, LayeredMethod, Method, PrefixMethod, TargetedMethod
+from toolkit.errors import Problem, RecipeError
+from toolkit.families import Family
+
+
+def check_method(method: Method, family: Family, *, config: Mapping[str, Any], max_length: int) -> None:
+    """Hold a method against a base.
+
+    Args:
+        method: The recipe's `method` section.
+        family: The base's architecture.
+        config: Content of the base's config.json.
+        max_length: Tokens of the longest text.
+
+    Raises:
+        RecipeError: Targets or blocks that the base lacks, a prefix where none can stand or for which there is no room.
+    """
+    blocks = config[family.layers_key]
+    if isinstance(method, TargetedMethod):
+        target_modules(method, family)
+    if isinstance(method, LayeredMethod):
+        adapted_blocks(method, blocks=blocks)
+    if isinstance(method, FreezingMethod):
+        trained_blocks(method, blocks=blocks)
+    if isinstance(method, PrefixMethod):
+        _check_prefix(method, family, room=config[family.positions_key] - max_length)
+
+
+def _check_prefix(method: PrefixMethod, family: Family, *, room: int) -> None:
+    if not family.takes_cache:
+        wrong = f"prefix tunes keys and values that stand before a text, and {family.model_type} takes none"
+        raise RecipeError(Problem("", "method.name", wrong, "prefix on GPT-2; lora, ia3 or ln_tuning here"))
+    if method.num_virtual_tokens > room:
+        wrong = f"{method.num_virtual_tokens} tokens before texts of model.max_length leave the model's positions"
+        raise RecipeError(Problem("", "method.num_virtual_tokens", wrong, f"at most {room}, or a smaller max_length"))
