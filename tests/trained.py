@@ -10,10 +10,8 @@ from torch import nn
 
 from toolkit.adapters.apply import apply_method
 from toolkit.adapters.save import save_adapter
+from toolkit.config.methods import Method, leaves_adapter
 from toolkit.config.schema import (
-    FullMethod,
-    HeadMethod,
-    LastNMethod,
     LoraMethod,
     ModelSettings,
     QuantizationSettings,
@@ -34,7 +32,7 @@ def build_run(
     folder: Path,
     base: Path,
     *,
-    method: LoraMethod | FullMethod | HeadMethod | LastNMethod = LORA,
+    method: Method = LORA,
     quantization: QuantizationSettings | None = None,
     dtype: str = "fp32",
 ) -> Path:
@@ -42,14 +40,14 @@ def build_run(
     folder.mkdir(parents=True)
     found = resolve_base(ModelSettings(base=str(base), max_length=MAX_LENGTH))
     model = train(found, method=method, quantization=quantization)
-    lora = isinstance(method, LoraMethod)
-    artifact = folder / ("adapter" if lora else "model")
-    if lora:
+    adapter = leaves_adapter(method)
+    artifact = folder / ("adapter" if adapter else "model")
+    if adapter:
         save_adapter(model, artifact)
         copy_tokenizer(found.path, artifact, model_type=found.family.model_type, max_length=MAX_LENGTH)
     else:
         save_model(model, artifact, tokenizer_from=found.path, max_length=MAX_LENGTH, dtype=dtype)
-    write_manifest(artifact, facts_of(found, method=method.model_dump(), quantization=quantization, lora=lora))
+    write_manifest(artifact, facts_of(found, method=method.model_dump(), quantization=quantization, adapter=adapter))
     return folder
 
 
@@ -66,9 +64,9 @@ def train(base: Base, *, method: Any, quantization: QuantizationSettings | None,
     return trained.eval()
 
 
-def facts_of(base: Base, *, method: dict[str, Any], quantization: Any, lora: bool) -> ArtifactFacts:
+def facts_of(base: Base, *, method: dict[str, Any], quantization: Any, adapter: bool) -> ArtifactFacts:
     return ArtifactFacts(
-        kind="adapter" if lora else "model",
+        kind="adapter" if adapter else "model",
         base=BaseReference(
             requested=base.requested, used=base.used, name_or_path=base.name_or_path, fingerprint=base.fingerprint
         ),

@@ -15,6 +15,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from toolkit.adapters.fit import check_method
+from toolkit.config.methods import leaves_adapter
 from toolkit.config.schema import OutputSettings, Recipe
 from toolkit.data.load import LoadedData, load_data
 from toolkit.data.splits import save_split
@@ -112,7 +113,7 @@ def describe_inputs(data: LoadedData, base: Base) -> list[str]:
 def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, listener: Listener) -> RunRecord:
     from toolkit import runtime
 
-    runtime.import_models(adapters=recipe.method.name == "lora", quantised=recipe.quantization is not None)
+    runtime.import_models(adapters=leaves_adapter(recipe.method), quantised=recipe.quantization is not None)
     from toolkit.adapters.apply import parameter_report
     from toolkit.adapters.rates import rate_scales
     from toolkit.adapters.schedule import build_schedule

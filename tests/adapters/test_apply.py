@@ -67,7 +67,7 @@ def test_last_n_of_twelve_blocks_does_not_mistake_1_for_11(base: Base) -> None:
 
 
 def test_last_n_beyond_the_blocks(base: Base, load_model: LoadModel) -> None:
-    with pytest.raises(RecipeError, match=r"method.n: 3 of 2 blocks \(1 to 2\)"):
+    with pytest.raises(RecipeError, match=r"method.n: 3 blocks, but the base has 2 \(1 to 2\)"):
         apply(load_model(base), LastNMethod(name="last_n", n=3), base)
 
 

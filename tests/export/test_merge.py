@@ -239,7 +239,7 @@ def remake_manifest(run: Path) -> None:
     folder = run / "adapter"
     manifest = read_manifest(folder)
     base = resolve_base(ModelSettings(base=manifest.base.name_or_path, max_length=MAX_LENGTH))
-    write_manifest(folder, facts_of(base, method=LORA.model_dump(), quantization=None, lora=True))
+    write_manifest(folder, facts_of(base, method=LORA.model_dump(), quantization=None, adapter=True))
 
 
 def test_another_base(run: Path, tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ def trained_blocks(method: FreezingMethod, *, blocks: int) -> int:
     if count == "all":
         return blocks
     if count > blocks:
-        raise RecipeError(Problem("", f"method.{field}", f"{count} of {blocks} blocks", f"1 to {blocks}"))
+        raise RecipeError(
+            Problem("", f"method.{field}", f"{count} blocks, but the base has {blocks}", f"1 to {blocks}")
+        )
     return count
 
 

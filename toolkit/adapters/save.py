@@ -135,7 +135,14 @@ def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
     if not isinstance(model, PeftModel):
         raise ToolkitError(f"{type(model).__name__} has no adapter to save")
-    state: Mapping[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    config: Any = model.peft_config["default"]
+    cut = getattr(config, "rank_pattern", None)
+    try:
+        # peft would leave out what AdaLoRA has cut, down to tensors without an element; as_lora keeps it as zeros.
+        config.rank_pattern = {}
+        state: Mapping[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    finally:
+        config.rank_pattern = cut
     return {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
 
 

@@ -94,7 +94,8 @@ class AdaloraSchedule(MethodSchedule):
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take back a ``state``."""
         allocator = self._tuner.rankallocator
-        device = next(self._tuner.parameters()).device
+        # Frozen weights may lie elsewhere, or on disk.
+        device = next(parameter.device for parameter in self._tuner.parameters() if parameter.requires_grad)
         parts: dict[str, dict[str, torch.Tensor]] = {"ipt": {}, "unc": {}, "kept": {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition(".")

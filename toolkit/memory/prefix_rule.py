@@ -39,7 +39,9 @@ def embedding_on_disk(recipe: Recipe, *, device: str) -> bool:
     That takes a CPU a millisecond of a step; a CUDA device would wait for it.
     """
     trains = recipe.method.name == "full" or recipe.objective != "classification"
-    return can_stream(recipe) and device == "cpu" and not trains
+    # A prefix stands in the stock forward, which looks its tokens up itself.
+    looked_up = not trains and recipe.method.name != "prefix"
+    return can_stream(recipe) and device == "cpu" and looked_up
 
 
 def state_bytes(*, tokens: int, rows: int, width: int, dtype: str, pooled: bool) -> int:
