@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 import transformers
+from ladder import LADDER
 from pico import BaseOf, Batch, PicoFolder
 from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
@@ -42,6 +43,12 @@ CASES: dict[str, tuple[Any, QuantizationSettings | None, float]] = {
     "lora_8bit": (LORA, INT8, 3e-6),
     "lora_4bit": (LORA, NF4, 3e-6),
     "head_4bit": (HeadMethod(name="head"), NF4, 3e-6),
+    **{name: (LADDER[name], None, 3e-6) for name in LADDER if name not in ("full", "last_n", "head", "lora", "prefix")},
+    "dora_4bit": (LADDER["dora"], NF4, 3e-6),
+    "adalora_8bit": (LADDER["adalora"], INT8, 3e-6),
+    "vera_4bit": (LADDER["vera"], NF4, 3e-6),
+    "ia3_8bit": (LADDER["ia3_all"], INT8, 3e-6),
+    "ln_tuning_4bit": (LADDER["ln_tuning"], NF4, 3e-6),
 }
 
 
