@@ -28,7 +28,10 @@ def test_there_are_recipes_for_the_whole_ladder():
     assert {path.stem for path in RECIPES} >= {
         "gpt2_lora", "gpt2_qlora_4bit", "gpt2_lora_8bit", "gpt2_full", "gpt2_last_block", "gpt2_head",
         "distilbert_lora", "distilbert_qlora_4bit", "distilbert_full", "distilbert_last_block",
-        "distilbert_sentiment_npy", "gpt2_medium_qlora", "gpt2_mini", "distilbert_mini",
+        "gpt2_gradual", "gpt2_bias", "gpt2_rslora", "gpt2_dora", "gpt2_pissa", "gpt2_eva", "gpt2_lora_plus",
+        "gpt2_lora_fa", "gpt2_lora_last_blocks", "gpt2_adalora", "gpt2_vera", "gpt2_ia3", "gpt2_prefix",
+        "gpt2_ln_tuning", "distilbert_gradual", "distilbert_bias", "distilbert_qdora_4bit", "distilbert_ia3",
+        "distilbert_full_layer_decay", "distilbert_sentiment_npy", "gpt2_medium_qlora", "gpt2_mini", "distilbert_mini",
     }  # fmt: skip
 
 

@@ -31,7 +31,8 @@ def go_smaller(progress: Progress, model: nn.Module, training: TrainingSettings,
     if progress.pieces < rows:
         progress.pieces = min(2 * progress.pieces, rows)
         return True
-    if training.gradient_checkpointing or progress.recomputing:
+    # Recomputed blocks would lose a prefix, which is handed to them as a cache.
+    if training.gradient_checkpointing or progress.recomputing or hasattr(model, "prompt_encoder"):
         return False
     progress.recomputing = True
     checkpoint_activations(model)
@@ -66,7 +67,8 @@ def advice(training: TrainingSettings, progress: Progress, last_good: str) -> st
 
 def nothing_left(progress: Progress, last_good: str) -> OutOfMemoryError:
     """Return the error of a step that does not fit in its smallest form."""
+    recomputed = " and with activations recomputed" if progress.recomputing else ""
     return OutOfMemoryError(
-        f"out of memory at step {progress.step + 1}, one row at a time and with activations recomputed "
+        f"out of memory at step {progress.step + 1}, one row at a time{recomputed} "
         f"(try a smaller model.max_length, method.name=lora or quantization.bits=4; {last_good})"
     )
