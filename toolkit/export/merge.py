@@ -138,18 +138,20 @@ def merge_adapter(
 def _live(artifact: Artifact, base: Base) -> nn.Module:
     """Return the trained model as it ran: the base, quantised as in training, under its adapter.
 
-    The blocks of a base that was not quantised stay on disk.
+    Where they can, the blocks of a base that was not quantised stay on disk.
     """
     adapter = artifact.kind == "adapter"
     check_settings(artifact, base.family)
-    quantization = _quantization(artifact.manifest) if adapter else None
+    manifest, blocks = artifact.manifest, base.config[base.family.layers_key]
+    quantization = _quantization(manifest) if adapter else None
     model = load_classifier(
         base,
-        labels=tuple(artifact.manifest.labels),
+        labels=tuple(manifest.labels),
         quantization=quantization,
         seed=0,
         device=CPU,
-        streamed=base.config[base.family.layers_key] if quantization is None else None,
+        # peft hands VeRA's one pair of random matrices from layer to layer, which must have memory for it.
+        streamed=None if quantization is not None or manifest.method.get("name") == "vera" else blocks,
     )
     return load_adapter(model, artifact.folder) if adapter else model
 
