@@ -95,6 +95,17 @@ def test_only_the_console_prints():
         assert not prints or path.name in ("cli.py", "console.py", "console_plan.py"), path
 
 
+def test_no_error_is_swallowed():
+    """Whoever catches every error passes it on, at least where it is not the one expected."""
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler) and (
+                node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+            ):
+                raises = [inner for inner in ast.walk(node) if isinstance(inner, ast.Raise) and inner.exc is None]
+                assert raises, f"{path}:{node.lineno}"
+
+
 def test_no_room_is_fat():
     for path in MODULES:
         assert len(path.read_text().splitlines()) <= 320, path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tokenize
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,8 @@ from toolkit.data.tokens import TokenTable
 from toolkit.errors import DataError, Problem
 
 NPY_ROWS = 65_536
+# numpy parses a damaged header as Python, and takes a file that begins with PK for an archive.
+NPY_ERRORS = (ValueError, EOFError, OSError, SyntaxError, RecursionError, tokenize.TokenError, zipfile.BadZipFile)
 
 
 def read_parquet(path: Path, where: str, *, text_column: str, label_column: str | None) -> Rows:
@@ -132,7 +136,7 @@ def read_npy(path: Path, where: str, *, with_labels: bool) -> Rows:
 def _load_npy(path: Path, where: str) -> NDArray[np.integer]:
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except NPY_ERRORS as error:
         wrong = "an object array, which only a pickle can hold" if "bject" in str(error) else "not a readable .npy file"
         raise DataError(Problem(where, "", wrong, "integers, saved by numpy.save")) from error
     right = "integers of shape (rows, tokens + 1), the label last"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -46,11 +47,19 @@ def read_tokenizer_json(path: Path, where: str) -> Tokenizer:
     Raises:
         ModelError: The library does not accept the file.
     """
-    try:
+    with _refusing(where, "tokenizer.json"):
         return Tokenizer.from_file(str(path))
+
+
+@contextlib.contextmanager
+def _refusing(where: str, name: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
-        # tokenizers raises bare Exception for every malformed file.
-        raise ModelError(Problem(where, "tokenizer.json", f"not usable: {str(error)[:120]}")) from error
+        # tokenizers raises the bare class for every malformed file; any other error is not its own.
+        if type(error) is not Exception:
+            raise
+        raise ModelError(Problem(where, name, f"not usable: {str(error)[:120]}")) from error
 
 
 def wordpiece_of_file(vocab: Path, *, lowercase: bool, strip_accents: bool | None, chinese: bool) -> Tokenizer:
@@ -99,11 +108,8 @@ def bpe_of_files(vocab: Path, merges: Path, where: str, *, prefix_space: bool) -
     Raises:
         ModelError: The library does not accept the files.
     """
-    try:
+    with _refusing(where, "vocab.json"):
         tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    except Exception as error:
-        # tokenizers raises bare Exception for every malformed file.
-        raise ModelError(Problem(where, "vocab.json", f"not usable: {str(error)[:120]}")) from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     if tokenizer.token_to_id("<|endoftext|>") is not None:
