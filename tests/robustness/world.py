@@ -36,11 +36,12 @@ class Setting:
     artifact: str = "adapter"
 
 
+LAST_BLOCK = "distilbert last block, states kept"
 # All with dropout, accumulation over two micro-batches, and a best checkpoint.
 SETTINGS = (
     Setting("gpt2 lora", "gpt2", "method: {name: lora, r: 4}"),
     Setting("distilbert lora 4-bit", "distilbert", "method: {name: lora, r: 4}\nquantization: {bits: 4}"),
-    Setting("distilbert last block, states kept", "distilbert", "method: {name: last_n}", "model"),
+    Setting(LAST_BLOCK, "distilbert", "method: {name: last_n}", "model"),
     Setting("gpt2 full", "gpt2", "method: {name: full}", "model"),
     Setting("gpt2 lora 4-bit", "gpt2", "method: {name: lora, r: 4}\nquantization: {bits: 4}"),
     Setting("distilbert lora", "distilbert", "method: {name: lora, r: 4}"),
@@ -73,20 +74,26 @@ def rows() -> str:
     return "label,text\n" + "\n".join(lines) + "\n"
 
 
-def write_world(root: Path, setting: Setting, *, steps: int = 6, save_every: int = 2, more: str = "") -> Path:
+BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
+def write_world(
+    root: Path, setting: Setting, *, steps: int = 6, save_every: int = 2, width: int = 32, rows_a_batch: int = 4
+) -> Path:
     """Write data, base and recipe.yaml into ``root`` and return the recipe."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "data.csv").write_text(rows())
     (root / "texts.txt").write_text("\n".join([*HAM, *SPAM]) + "\n")
     if not (root / "base").exists():
-        build_pico(root / "base", setting.family, width=32)
+        build_pico(root / "base", setting.family, width=width)
     recipe = root / "recipe.yaml"
     recipe.write_text(
         "model: {base: base, max_length: 32}\n"
         "data: {source: data.csv}\n"
-        f"training: {{max_steps: {steps}, batch_size: 4, gradient_accumulation_steps: 2, learning_rate: 1e-2}}\n"
+        f"training: {{max_steps: {steps}, batch_size: {rows_a_batch}, gradient_accumulation_steps: 2, "
+        "learning_rate: 1e-2}\n"
         f"evaluation: {{every: {save_every + 1}, early_stopping_patience: 50, metric: loss}}\n"
-        f"output: {{dir: run, save_every: {save_every}, log_every: 1, keep: 2}}\n{setting.sections}\n{more}"
+        f"output: {{dir: run, save_every: {save_every}, log_every: 1, keep: 2}}\n{setting.sections}\n"
     )
     return recipe
 

@@ -44,7 +44,7 @@ def read_parquet(path: Path, where: str, *, text_column: str, label_column: str 
             if problems:
                 raise DataError(problems)
             table = file.read(columns=[column for _, column in wanted if column is not None])
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(Problem(where, "", f"not a readable parquet file: {str(error)[:120]}")) from error
     return rows_of_table(table, where, text_column=text_column, label_column=label_column)
 

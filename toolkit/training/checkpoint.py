@@ -23,6 +23,7 @@ from toolkit.durable import flush, room_on_disk, sha256
 from toolkit.errors import CheckpointError, Problem
 
 STEP_FOLDER = re.compile(r"step-(\d+)$")
+FILE_NAME = re.compile(r"[a-z_]{1,64}\.(safetensors|json)")
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 FORMAT = 1
 
@@ -130,7 +131,7 @@ def _verified(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"manifest.json belongs to step {manifest.get('step')}")
     for name, digest in files.items():
         file = path / name
-        if file.parent != path or not file.is_file():
+        if not FILE_NAME.fullmatch(name) or not file.is_file():
             raise ValueError(f"{name} is missing")
         if sha256(file) != digest:
             raise ValueError(f"{name} does not match its checksum")
@@ -239,7 +240,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path.name} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path.name} is not a mapping")
