@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,7 @@ class Job:
         watch: Folder whose changes are counted as events; empty counts none.
         at: Number of the event, from 1, before which ``signals`` are sent; 0 sends none.
         signals: Sent to the child by itself, the second right after the first.
+        kill_after: Seconds until SIGKILL; 0 sends none.
         file_bytes: Largest file that may be written (RLIMIT_FSIZE).
         twin: File for the answer of the same command line, started once more in the place of a signal.
         inject: ``module:function`` called in the child before the command, with ``argument``.
@@ -48,6 +50,7 @@ class Job:
     watch: str = ""
     at: int = 0
     signals: Sequence[int] = ()
+    kill_after: float = 0.0
     file_bytes: int | None = None
     twin: str = ""
     inject: str = ""
@@ -170,12 +173,12 @@ def child(job: Job, answer: int) -> None:
         events.install()
     if job.file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_bytes, job.file_bytes))
-    if job.inject:
-        module, _, name = job.inject.partition(":")
-        inject: Callable[[Any], None] = getattr(__import__(module, fromlist=[name]), name)
-        inject(job.argument)
     code = 1
     try:
+        if job.inject:
+            module, _, name = job.inject.partition(":")
+            inject: Callable[[Any], None] = getattr(__import__(module, fromlist=[name]), name)
+            inject(job.argument)
         code = main(list(job.words))
     finally:
         os.write(answer, json.dumps(events.names).encode())
@@ -203,7 +206,12 @@ def fork(job: Job) -> Answer:
         child(job, writer)
     for descriptor in (writer, output):
         os.close(descriptor)
+    killer = threading.Timer(job.kill_after, os.kill, (pid, signal.SIGKILL))
+    if job.kill_after:
+        killer.start()
     told, text = _read_all(reader, output_reader)
+    # Before its number is free for another process.
+    killer.cancel()
     _, status, used = os.wait4(pid, 0)
     seconds = time.perf_counter() - started
     code = os.waitstatus_to_exitcode(status)

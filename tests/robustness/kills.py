@@ -163,6 +163,27 @@ def random_kills(server: Server, world: Path, setting: Setting, *, count: int, s
     return trials
 
 
+def timed_kills(server: Server, world: Path, setting: Setting, *, count: int, seed: int) -> list[Trial]:
+    """SIGKILL at random moments, up to five in one run: cheaper than a launch, so there can be many."""
+    write_world(world, setting, steps=30, save_every=3)
+    plain = server.run(*TRAIN, "output.dir=plain", cwd=world)
+    assert plain.code == 0, plain.output
+    chance, kills, trials = random.Random(seed), 0, []
+    while kills < count:
+        run, before = world / f"timed-{kills}", kills
+        while kills < min(count, before + 5) and not (run / "result.json").exists():
+            after = chance.uniform(0.02, plain.seconds)
+            killed = server.run(*TRAIN, f"output.dir={run.name}", cwd=world, kill_after=after)
+            kills += killed.code == -signal.SIGKILL
+        failure = half_checkpoints(run)
+        again = server.run(*TRAIN, f"output.dir={run.name}", cwd=world)
+        failure = failure or ("" if again.code == 0 else again.output[-500:])
+        failure = failure or difference(world / "plain", run, artifact=setting.artifact) or strays(run)
+        case = f"{setting.name}: {kills - before} SIGKILLs at random moments, seed {seed}"
+        trials += [Trial("P1", case, failure)] * (kills - before)
+    return trials
+
+
 def launcher_signal(world: Path, setting: Setting, number: int) -> Trial:
     """Send a signal to ``accelerate launch`` alone: its child must save, end and leave no orphan."""
     write_world(world, setting, steps=2000, save_every=1000)
