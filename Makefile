@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench schema install-demo install-dev clean
+.PHONY: demo test lint bench soak schema install-demo install-dev clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml scripts/train.py recipes/gpt2_lora.yaml
@@ -25,6 +25,10 @@ bench: $(VENV)/dev.installed
 	$(BIN)/python benchmarks/growth.py --rows 1000 250000 500000 1000000 2000000
 	$(BIN)/python benchmarks/tokenizing.py
 	$(BIN)/python benchmarks/table.py
+
+# Every promise in its full number, and the peer on the same cases: some 40 minutes of processor time.
+soak: $(VENV)/dev.installed
+	$(BIN)/python benchmarks/reliability.py
 
 schema: $(VENV)/dev.installed
 	$(BIN)/toolkit schema > recipes/schema.json

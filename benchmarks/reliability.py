@@ -1,9 +1,9 @@
 """How often do the promises hold? Tries all of them, and the peer on the same cases; writes docs/reliability.md.
 
-python benchmarks/reliability.py [--only P1 P4 ...] [--kills 200] [--seed 1]
+python benchmarks/reliability.py [--only P1 P4 ...] [--share 1.0] [--seed 1]
 
-The cases are those of tests/robustness, in their full number. Each section is written as soon as it is done; sections
-that are left out keep their figures of an earlier run. About an hour and a half on two cores with nothing else running.
+The cases are those of tests/robustness, in their full number or a share of it. Each section is written as soon as it is
+done; sections that are left out keep their figures of an earlier run. All of it is some 40 minutes of processor time.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ sys.path[:0] = [str(TESTS), str(TESTS / "robustness")]
 
 import torch  # noqa: E402
 from damage import (  # noqa: E402
+    ALL,
     changed_runs,
     damaged_best,
     damaged_checkpoints,
@@ -54,9 +55,18 @@ Section = Callable[["Soak"], list[Trial]]
 class Soak:
     """What the sections share: the warm process, a folder, and how much to try."""
 
-    def __init__(self, server: Server, folder: pathlib.Path, *, kills: int, seed: int) -> None:
-        self.server, self._folder, self.kills, self.seed = server, folder, kills, seed
+    def __init__(self, server: Server, folder: pathlib.Path, *, share: float, seed: int) -> None:
+        self.server, self._folder, self.share, self.seed = server, folder, share, seed
         self._made = 0
+
+    def count(self, number: int) -> int:
+        """Return how many of ``number`` cases are tried."""
+        return max(1, round(number * self.share))
+
+    def every(self, step: int) -> slice:
+        """Return every ``step``-th point, or fewer."""
+        step = round(step / self.share)
+        return slice(1 + self.seed % step, None, step)
 
     def place(self) -> pathlib.Path:
         """Return a new folder."""
@@ -65,19 +75,18 @@ class Soak:
 
 
 def kills(soak: Soak) -> list[Trial]:
-    """An eighth of them under the launcher, whose start alone is eight seconds of processor time."""
-    launched, timed = -(-soak.kills // (8 * len(SETTINGS))), -(-7 * soak.kills // (8 * len(SETTINGS)))
+    """An eighth of 200 under the launcher, whose start alone is eight seconds of processor time."""
     trials = []
     for setting in SETTINGS:
-        trials += timed_kills(soak.server, soak.place(), setting, count=timed, seed=soak.seed)
-        trials += random_kills(soak.server, soak.place(), setting, count=launched, seed=soak.seed)
+        trials += timed_kills(soak.server, soak.place(), setting, count=soak.count(22), seed=soak.seed)
+        trials += random_kills(soak.server, soak.place(), setting, count=soak.count(3), seed=soak.seed)
     return trials
 
 
 def kill_points(soak: Soak) -> list[Trial]:
-    trials = injected_kills(soak.server, soak.place(), SETTINGS[0], points=slice(1, None))
+    trials = injected_kills(soak.server, soak.place(), SETTINGS[0], points=soak.every(1))
     for setting in SETTINGS[1:4]:
-        trials += injected_kills(soak.server, soak.place(), setting, points=slice(1 + soak.seed % 16, None, 16))
+        trials += injected_kills(soak.server, soak.place(), setting, points=soak.every(8))
     return trials
 
 
@@ -86,23 +95,26 @@ def stops(soak: Soak) -> list[Trial]:
     both = (signal.SIGTERM, signal.SIGINT)
     trials = []
     for setting in SETTINGS[:3]:
-        cases = [(chance.random(), number, count) for number in both for count in (1, 2) for _ in range(4)]
+        cases = [(chance.random(), number, n) for number in both for n in (1, 2) for _ in range(soak.count(4))]
         trials += injected_signals(soak.server, soak.place(), setting, cases=cases)
     return trials + [launcher_signal(soak.place(), SETTINGS[number], both[0]) for number in (0, 2)]
 
 
 def damage(soak: Soak) -> list[Trial]:
-    trials = loaded_damage(soak.server, soak.place(), SETTINGS[0], count=2000, seed=soak.seed)
+    trials = loaded_damage(soak.server, soak.place(), SETTINGS[0], count=soak.count(2000), seed=soak.seed)
     for setting in (SETTINGS[0], SETTINGS[2]):
-        trials += damaged_checkpoints(soak.server, soak.place(), setting, seed=soak.seed)
+        kinds = random.Random(soak.seed).sample(ALL, soak.count(len(ALL)))
+        trials += damaged_checkpoints(soak.server, soak.place(), setting, kinds=kinds, seed=soak.seed)
     return [*trials, *(damaged_best(soak.server, soak.place(), setting) for setting in SETTINGS[:4])]
 
 
 def disks(soak: Soak) -> list[Trial]:
-    shares = [number / 20 for number in range(20)]
+    def shares(number: int) -> list[float]:
+        return [0.0, 0.01, *(step / soak.count(number) for step in range(1, soak.count(number)))]
+
     return [
-        *full_disks(soak.server, soak.place(), SETTINGS[2], shares=[0.0, 0.01, *shares[1:-1]]),
-        *full_merges(soak.server, soak.place(), SETTINGS[0], shares=[*shares[::2], 0.99]),
+        *full_disks(soak.server, soak.place(), SETTINGS[2], shares=shares(20)),
+        *full_merges(soak.server, soak.place(), SETTINGS[0], shares=shares(10)),
     ]
 
 
@@ -118,13 +130,13 @@ def parsers(soak: Soak) -> list[Trial]:
     world = soak.place()
     world.mkdir()
     write_targets(world)
-    return [trial for name in TARGETS for trial in fuzzed(world, name, count=1000, seed=soak.seed)]
+    return [trial for name in TARGETS for trial in fuzzed(world, name, count=soak.count(1000), seed=soak.seed)]
 
 
 def writers(soak: Soak) -> list[Trial]:
     return [
-        *forked_races(soak.server, soak.place(), SETTINGS[0], count=20, seed=soak.seed),
-        *races(soak.place(), SETTINGS[0], count=5),
+        *forked_races(soak.server, soak.place(), SETTINGS[0], count=3 + soak.count(17), seed=soak.seed),
+        *races(soak.place(), SETTINGS[0], count=soak.count(5)),
     ]
 
 
@@ -134,7 +146,7 @@ SECTIONS: dict[str, tuple[str, Section, Section | None]] = {
         "SIGKILL at random moments, an eighth of the process group under `accelerate launch` and half of those inside "
         "saves; the same command resumes and ends bit-equal",
         kills,
-        lambda soak: peer_kills(soak.server, soak.place(), count=20, seed=soak.seed),
+        lambda soak: peer_kills(soak.server, soak.place(), count=soak.count(20), seed=soak.seed),
     ),
     "P2": ("SIGKILL before a write, flush, rename or deletion; resumed, bit-equal", kill_points, None),
     "P3": ("SIGTERM and SIGINT, once and twice, anywhere, and to the launcher alone", stops, None),
@@ -180,8 +192,8 @@ transformers with peft, on the same kind of model and of case; "-" where it make
 
 {machine}
 
-| promise | cases | tried | failed | peer: tried | peer: failed | seconds | seed |
-|---|---|---|---|---|---|---|---|
+| promise | cases | tried | failed | peer: tried | peer: failed | share of all cases | seconds | seed |
+|---|---|---|---|---|---|---|---|---|
 """
 FOOT = """
 What counts as the peer's failure: after a kill, a run that does not end with the weights of the undisturbed one when it
@@ -207,7 +219,7 @@ def run_section(name: str, soak: Soak) -> dict[str, Any]:
     found["seconds"] = round(time.monotonic() - started)
     if peer is not None:
         found["peer"] = figures(peer(soak))
-    return {**found, "seed": soak.seed, "date": datetime.date.today().isoformat()}
+    return {**found, "seed": soak.seed, "share": soak.share, "date": datetime.date.today().isoformat()}
 
 
 def write_page(result: dict[str, Any]) -> None:
@@ -224,8 +236,8 @@ def write_page(result: dict[str, Any]) -> None:
             theirs = f"{peer['tried']} | {peer['failed']}" if peer else "- | -"
             ours = found["toolkit"]
             rows.append(
-                f"| {name} | {what} | {ours['tried']:,} | **{ours['failed']}** | {theirs} | {found['seconds']:,} | "
-                f"{found['seed']} |"
+                f"| {name} | {what} | {ours['tried']:,} | **{ours['failed']}** | {theirs} | "
+                f"{found['share']:g} | {found['seconds']:,} | {found['seed']} |"
             )
     PAGE.write_text(HEAD.format(machine=line) + "\n".join(rows) + "\n" + FOOT)
 
@@ -233,12 +245,12 @@ def write_page(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--share", type=float, default=1.0, help="of the cases that are drawn at random")
     parser.add_argument("--seed", type=int, default=1)
     words = parser.parse_args()
     paths = os.pathsep.join(map(str, (ROOT, TESTS, HERE)))
     with tempfile.TemporaryDirectory() as folder, Server(TOOLKIT_CACHE=f"{folder}/cache", PYTHONPATH=paths) as server:
-        soak = Soak(server, pathlib.Path(folder), kills=words.kills, seed=words.seed)
+        soak = Soak(server, pathlib.Path(folder), share=words.share, seed=words.seed)
         for name in words.only:
             found = run_section(name, soak)
             # Read anew: another process may have added its sections.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -170,41 +168,6 @@ def launch(recipe: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> sub
 def finish(process: subprocess.Popen[bytes]) -> str:
     output, _ = process.communicate(timeout=240)
     return output.decode()
-
-
-@pytest.mark.parametrize(
-    ("family", "extra"), [("gpt2", ""), ("distilbert", QUANTISED[0]), ("gpt2", "method: {name: last_n}")]
-)
-def test_killed_anywhere_and_started_again_ends_bit_equal(recipe_file, tmp_path, family, extra):
-    path = recipe_file(family, extra)
-    plain = launch(path, f"output.dir={tmp_path / 'plain'}")
-    assert plain.wait(timeout=240) == 0, finish(plain)
-    seed = random.randrange(1 << 30)
-    chance = random.Random(seed)
-    print("seed", seed)
-    killed = tmp_path / "killed"
-    for _ in range(3):
-        process = launch(path, f"output.dir={killed}")
-        # Wait for training to begin, so that the kill falls into a step or a save.
-        lines = len((killed / "metrics.jsonl").read_bytes()) if (killed / "metrics.jsonl").exists() else 0
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            now = len((killed / "metrics.jsonl").read_bytes()) if (killed / "metrics.jsonl").exists() else 0
-            if now != lines:
-                break
-            time.sleep(0.01)
-        time.sleep(chance.random() * 0.3)
-        with contextlib.suppress(ProcessLookupError):  # a fast run may have ended
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    last = launch(path, f"output.dir={killed}")
-    assert last.wait(timeout=240) == 0, finish(last)
-    kind = "model" if "last_n" in extra else "adapter"
-    assert same_weights(tmp_path / "plain" / kind, killed / kind)
-    assert losses(tmp_path / "plain") == losses(killed)
-    for process in (plain, last):
-        process.stdout.close()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -13,7 +13,7 @@ import traceback
 from typing import Any
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
-heard: dict[str, list[Any]] = {"pickle": [], "sockets": [], "writes": [], "loads": [], "codes": []}
+heard: dict[str, list[Any]] = {"pickle": [], "sockets": [], "writes": [], "reads": [], "loads": [], "codes": []}
 stop_at: list[str] = []
 
 
@@ -28,8 +28,9 @@ def listen(event: str, arguments: tuple[Any, ...]) -> None:
         heard["sockets"].append({"event": event, "what": [str(part) for part in arguments], "stack": callers()})
     elif event == "open":
         path, mode, flags = arguments
-        if isinstance(path, str | bytes | os.PathLike) and _writes(mode, flags):
-            heard["writes"].append(os.path.abspath(os.fsdecode(path)))
+        if isinstance(path, str | bytes | os.PathLike):
+            kind = "writes" if _writes(mode, flags) else "reads"
+            heard[kind].append(os.path.abspath(os.fsdecode(path)))
     elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.rename", "os.link", "os.symlink", "os.truncate"):
         paths = arguments[:2] if event in ("os.rename", "os.link", "os.symlink") else arguments[:1]
         at = arguments[1] if event in ("os.remove", "os.rmdir") and len(arguments) > 1 else -1

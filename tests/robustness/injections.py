@@ -176,7 +176,7 @@ def starve(more: int) -> None:
 
 def out_of_memory(server: Server, world: Path, setting: Setting) -> Trial:
     """Take the address space away in the middle of a run: it goes on smaller, or names a setting, and resumes."""
-    write_world(world, setting, width=1024, rows_a_batch=42)
+    write_world(world, setting, width=512, rows_a_batch=42)
     found = server.run(*TRAIN, "output.dir=run", cwd=world, inject="injections:starve", argument=8 << 20)
     last = found.output.rstrip().splitlines()[-1]
     named = found.code == 4 and re.match(r"out of memory .*\(.*(training\.|model\.|toolkit plan)", last) is not None

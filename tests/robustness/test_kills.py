@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from forked import Server
-from kills import injected_kills, injected_signals, launcher_signal, random_kills
+from kills import injected_kills, injected_signals, launcher_signal, random_kills, timed_kills
 from world import SETTINGS, Setting, failures
 
 # Wall time on a machine that others use; the processor time is about a minute in all.
@@ -22,8 +22,10 @@ def name(setting: Setting) -> str:
 
 # Twenty kills: GPT-2 and DistilBERT, fp32 and 4-bit, LoRA, the last block over kept states, and full.
 @pytest.mark.parametrize("setting", SETTINGS[:4], ids=name)
-def test_p1_killed_under_the_launcher(server: Server, tmp_path: Path, setting: Setting) -> None:
-    trials = random_kills(server, tmp_path, setting, count=5, seed=SEED)
+def test_p1_killed_anywhere(server: Server, tmp_path: Path, setting: Setting) -> None:
+    print("seed", SEED)
+    trials = random_kills(server, tmp_path / "launched", setting, count=2, seed=SEED)
+    trials += timed_kills(server, tmp_path / "forked", setting, count=3, seed=SEED)
     assert len(trials) == 5
     assert failures(trials) == []
 

@@ -1,4 +1,4 @@
-"""P8: nothing is ever unpickled. P9: no socket offline, and nothing written outside the folders given."""
+"""P8: nothing is ever unpickled, no code of a model folder runs. P9: no socket offline, no file elsewhere."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ def lay_bombs(folder: Path, at: Path) -> None:
     """Put pickles beside the base's weights, under every name that a library looks for."""
     for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt"):
         (folder / name).write_bytes(pickle.dumps(Bomb(at)))
+    (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(at)!r}).write_text('imported')\n")
+    classes = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": classes}))
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +127,17 @@ def test_p9_nothing_is_written_elsewhere(audit: tuple[dict[str, Any], Path]) -> 
     strays = {path for path in heard["writes"] if not path.startswith((*map(str, allowed), *DEVICES))}
     # mkdir(exist_ok=True) of the folder that the output stands in, which exists.
     assert strays <= {str(root / "world")}
+
+
+def test_p9_nothing_is_read_elsewhere(audit: tuple[dict[str, Any], Path]) -> None:
+    """Beside the folders given: the interpreter, the libraries, the system's own files, and the locale."""
+    heard, root = audit
+    system = ("/usr/", "/lib", "/etc/", "/dev/", "/proc/", "/sys/", "/var/cache/fontconfig")
+    libraries = {sys.prefix, sys.base_prefix, *map(str, {Path(p).resolve() for p in sys.path if p})}
+    known = (str(root), str(ROOT), *system, *libraries)
+    strays = {path for path in heard["reads"] if not path.startswith(known)}
+    assert any(path.endswith("model.safetensors") or path.endswith("data.csv") for path in heard["reads"])
+    assert strays == set()
 
 
 def test_p9_the_inputs_are_untouched(audit: tuple[dict[str, Any], Path], pico_cache: PicoFolder) -> None:
