@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,10 +176,11 @@ def _remake_manifest(world: Path) -> None:
     write_manifest(world / "run" / "adapter", facts_of(base, method=LORA.model_dump(), quantization=None, lora=True))
 
 
-def altered_adapters(server: Server, world: Path) -> list[Trial]:
+def altered_adapters(server: Server, world: Path, *, chosen: Iterable[str] = ALTERED) -> list[Trial]:
     """Merge and predict with each altered adapter, by its hashes, and behind hashes that fit."""
     sound, trials = adapted(world / "sound"), []
-    for what, altered in ALTERED.items():
+    for what in chosen:
+        altered = ALTERED[what]
         other = copy(sound, world / "altered")
         altered.change(other / "run" / "adapter")
         for command in (MERGE, PREDICT):

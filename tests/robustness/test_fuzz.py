@@ -6,13 +6,13 @@ import random
 from pathlib import Path
 
 import pytest
-from fuzz import CORPUS, TARGETS, fuzzed, mutate, write_targets
+from fuzz import CORPUS, fuzzed, mutate, write_targets
 from world import failures
 
 pytestmark = pytest.mark.timeout(900)
 SEED = random.randrange(1 << 30)
 # Those with a seed file of many shapes; `make soak` takes all of them for longer.
-OFTEN = ("recipe", "csv", "npy", "manifest", "adapter config", "safetensors header")
+OFTEN = ("recipe", "csv", "npy", "parquet", "manifest", "adapter config", "safetensors header")
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +24,15 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", OFTEN)
 def test_p11_changed_bytes(targets: Path, name: str) -> None:
-    trials = fuzzed(targets, name, count=150, seed=SEED)
-    assert len(trials) == 150
+    trials = fuzzed(targets, name, count=100, seed=SEED)
+    assert len(trials) == 100
     assert failures(trials) == [], SEED
 
 
-def test_the_corpus_belongs_to_parsers() -> None:
+def test_the_corpus_is_tried() -> None:
     kept = {folder.name.replace("_", " ") for folder in CORPUS.iterdir()}
     assert kept
-    assert kept <= set(TARGETS)
+    assert kept <= set(OFTEN)
 
 
 def test_mutations_change() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,14 @@ from merging import ALTERED, WRONG_BASES, altered_adapters, forced, merges, wron
 from world import failures
 
 pytestmark = pytest.mark.timeout(1200)
+SEED = random.randrange(1 << 30)
 
 
+# Others in every run; test_bad_inputs.py has each of them in one process, `make soak` all.
 def test_p6_altered_adapters(server: Server, tmp_path: Path) -> None:
     assert len(ALTERED) >= 16
-    assert failures(altered_adapters(server, tmp_path)) == []
+    chosen = random.Random(SEED).sample(sorted(ALTERED), 5)
+    assert failures(altered_adapters(server, tmp_path, chosen=chosen)) == [], SEED
 
 
 def test_p6_wrong_bases(server: Server, tmp_path: Path) -> None:

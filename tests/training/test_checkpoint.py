@@ -191,3 +191,21 @@ def test_rotation_keeps_the_best_one_that_an_older_checkpoint_needs(tmp_path):
     assert steps_on_disk(tmp_path) == [4, 3, 1]
     (tmp_path / "step-4" / "state.json").unlink()
     assert newest_valid(tmp_path)[0].step == 3
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "[" * 100_000,
+        json.dumps({"format": 1, "step": 2, "files": {"state.json": "", "x" * 5000 + ".json": ""}}),
+        json.dumps({"format": 1, "step": 2, "files": {"state.json": "", "../step-1/state.json": ""}}),
+    ],
+    ids=["deep", "a long name", "a name outside"],
+)
+def test_a_hostile_manifest_is_skipped(tmp_path, manifest):
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "step-2" / "manifest.json").write_text(manifest)
+    found, skipped = newest_valid(tmp_path)
+    assert found.step == 1
+    assert list(skipped) == ["step-2"]
