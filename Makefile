@@ -24,6 +24,8 @@ bench: $(VENV)/dev.installed
 	$(BIN)/python benchmarks/prediction_speed.py --texts 500
 	$(BIN)/python benchmarks/growth.py --rows 1000 250000 500000 1000000 2000000
 	$(BIN)/python benchmarks/tokenizing.py
+	$(BIN)/python benchmarks/merging.py --size small --rounds 3
+	$(BIN)/python benchmarks/merging.py --size xl
 	$(BIN)/python benchmarks/table.py
 
 # Every promise in its full number, and the peer on the same cases: some 40 minutes of processor time.

@@ -65,6 +65,15 @@ A whole run on a csv of short texts with a tiny model, so that the data's path i
 | rows | first run, s | to its first step, s | second run, to its first step, s | peak, MiB |
 |---|---|---|---|---|
 """
+MERGING = """
+## Merging an adapter, to bf16
+
+Whole commands, imports included. The toolkit's time holds its checksums and the proof that the file gives the live
+model's logits; the peer is `merge_and_unload` of peft, loaded and saved in bf16.
+
+| base in bf16 | by | seconds | peak of the process, MiB |
+|---|---|---|---|
+"""
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -100,6 +109,18 @@ def tokenizing_table() -> str:
     return head + "\n".join(lines) + "\n"
 
 
+def merging_table() -> str:
+    lines = []
+    for size, name in (("small", "GPT-2 124M"), ("xl", "GPT-2 XL 1.5B")):
+        record = load(f"merging_{size}")
+        if record is None:
+            continue
+        for arm, runs in record["arms"].items():
+            seconds, peak = min(run["seconds"] for run in runs), max(run["peak_mib"] for run in runs)
+            lines.append(f"| {name} | {arm} | {seconds:.1f} | {peak:,} |")
+    return MERGING + "\n".join(lines) + "\n" if lines else ""
+
+
 def main() -> None:
     machines = set()
     lines, shares = [], []
@@ -126,6 +147,7 @@ def main() -> None:
         + "\n"
         + growth_table()
         + tokenizing_table()
+        + merging_table()
     )
     PAGE.write_text(page, encoding="utf-8")
     print(page)

@@ -102,6 +102,31 @@ def test_every_method_leaves_the_run_folder_of_the_contract(recipe_file, tmp_pat
     assert sum(prediction.scores.values()) == pytest.approx(1, abs=1e-6)
 
 
+IMPORTED = """
+import sys
+from toolkit.config.load import load_recipe
+from toolkit.finetune import finetune
+finetune(load_recipe(sys.argv[1]))
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
+import scipy.optimize, bitsandbytes
+from peft.import_utils import is_bnb_available
+from transformers.utils import is_scipy_available
+assert is_bnb_available() and is_scipy_available()
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "spared"), [("{name: lora, r: 4}", {"bitsandbytes"}), ("{name: last_n}", {"bitsandbytes", "peft"})]
+)
+def test_a_run_imports_what_its_recipe_needs(recipe_file, method, spared):
+    command = [sys.executable, "-c", IMPORTED, str(recipe_file("gpt2", f"method: {method}"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded = set(done.stdout.split())
+    assert {"torch", "transformers"} <= loaded
+    assert not (spared | {"scipy", "sklearn", "pandas", "datasets"}) & loaded
+
+
 @pytest.mark.parametrize("family", ["gpt2", "distilbert"])
 def test_it_learns(recipe_file, family):
     recipe = load_recipe(recipe_file(family, "method: {name: full}"), ["training.max_steps=40"])
