@@ -92,6 +92,8 @@ def test_every_method_leaves_the_run_folder_of_the_contract(recipe_file, tmp_pat
     assert record["data"]["rows"] == {"train": 84, "validation": 12, "test": 24}
     assert 0 < record["parameters"]["trainable"] <= record["parameters"]["total"]
     assert {"loss", "accuracy", "f1_macro"} <= set(record["metrics"]["test"])
+    assert record["metrics"]["baselines"]["majority"]["accuracy"] == pytest.approx(0.5, abs=0.1)
+    assert record["metrics"]["baselines"]["tfidf_logistic_regression"]["rows"] == 84
     assert record["memory"]["peak_bytes"] > 0
     assert record["timing"]["tokens_per_second"] > 0
     assert record["base"]["offline"] is False
@@ -106,7 +108,7 @@ IMPORTED = """
 import sys
 from toolkit.config.load import load_recipe
 from toolkit.finetune import finetune
-finetune(load_recipe(sys.argv[1]))
+finetune(load_recipe(sys.argv[1], ["evaluation.baselines=false"]))
 print(*sorted({name.partition(".")[0] for name in sys.modules}))
 import scipy.optimize, bitsandbytes
 from peft.import_utils import is_bnb_available

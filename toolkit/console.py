@@ -23,6 +23,7 @@ class _Terminal(Console):
 
 OUT = _Terminal(highlight=False)
 ERR = _Terminal(stderr=True, highlight=False)
+NAMES = {"majority": "commonest label", "tfidf_logistic_regression": "TF-IDF with logistic regression"}
 
 
 def human_bytes(count: float) -> str:
@@ -136,6 +137,9 @@ def _rows(record: RunRecord) -> list[tuple[str, str]]:
         metrics: Any = record["metrics"][part]
         if metrics is not None:
             rows.append((part, _figures(metrics)))
+    if record["metrics"]["baselines"]:
+        beside = record["metrics"]["baselines"].items()
+        rows.append(("beside", "  ".join(f"{NAMES[name]} {figures['accuracy']:.4f}" for name, figures in beside)))
     rows.append(
         (
             "cost",

@@ -184,11 +184,13 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     peak_bytes, measured = runtime.peak_memory(device)
 
     # Evaluation, export, report.
-    metrics = {part: task.judge(part) for part in ("validation", "test") if len(task.tables[part])}
+    metrics: dict[str, Any] = {part: task.judge(part) for part in ("validation", "test") if len(task.tables[part])}
     if not main:
         accelerator.wait_for_everyone()
         accelerator.end_training()
         return read_run_record(folder.result)
+    if recipe.evaluation.baselines and "test" in metrics:
+        metrics["baselines"] = task.baselines()
     record = build_record(
         recipe,
         folder=folder,

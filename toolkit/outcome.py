@@ -67,7 +67,7 @@ def build_record(
         "steps": progress.step,
         "epochs": round(epochs, 4),
         "best": best,
-        "metrics": {"validation": metrics.get("validation"), "test": metrics.get("test")},
+        "metrics": {name: metrics.get(name) for name in ("validation", "test", "baselines")},  # type: ignore[typeddict-item]
         "timing": {
             "train_seconds": round(progress.train_seconds, 3),
             "total_seconds": round(progress.seconds, 3),

@@ -155,6 +155,9 @@ class EvaluationSettings(Section):
     early_stopping_patience: PositiveInt | None = Field(
         default=None, description="Stop after this many evaluations without a better metric."
     )
+    baselines: bool = Field(
+        default=True, description="Judge the commonest label and TF-IDF with logistic regression on the test rows too."
+    )
 
 
 class OutputSettings(Section):

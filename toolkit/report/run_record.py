@@ -94,10 +94,17 @@ class BestRecord(TypedDict):
 
 
 class MetricsRecord(TypedDict):
-    """Figures by part, as ``toolkit.evaluation.metrics.ClassificationMetrics``; ``loss`` alone without labels."""
+    """Figures by part, as ``toolkit.evaluation.metrics.ClassificationMetrics``; ``loss`` alone without labels.
+
+    Attributes:
+        validation: Of the validation rows, or null without any.
+        test: Of the test rows, or null without any.
+        baselines: Of the test rows by ``toolkit.evaluation.baselines``, or null where they were not asked for.
+    """
 
     validation: Mapping[str, Any] | None
     test: Mapping[str, Any] | None
+    baselines: Mapping[str, Any] | None
 
 
 class TimingRecord(TypedDict):
@@ -207,6 +214,8 @@ def read_run_record(path: pathlib.Path) -> RunRecord:
         raise OutputError(Problem(where, "format", f"is {data.get('format')!r}", f"{FORMAT}"))
     # Records from before there was a cache.
     data.setdefault("prefix_cache", None)
+    if isinstance(data.get("metrics"), dict):
+        data["metrics"].setdefault("baselines", None)
     missing = sorted(RunRecord.__required_keys__ - data.keys())
     if missing:
         raise OutputError(Problem(where, key, "missing", "the result.json that a run wrote") for key in missing)

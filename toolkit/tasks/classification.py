@@ -20,6 +20,7 @@ from toolkit.config.schema import Recipe
 from toolkit.data.batching import collate
 from toolkit.data.parts import Part
 from toolkit.data.shuffle import epoch_order
+from toolkit.evaluation.baselines import Tokens, baselines
 from toolkit.evaluation.evaluate import predict_logits
 from toolkit.evaluation.metrics import classification_metrics, validation_metrics
 from toolkit.evaluation.mistakes import Mistake, confident_mistakes
@@ -122,6 +123,15 @@ class ClassificationTask:
         if part == "test":
             self._test_logits = logits
         return dict(classification_metrics(logits, self._labels[part], names=self._names))
+
+    def baselines(self) -> dict[str, Any]:
+        """Return the figures of the baselines on the test rows."""
+        train, test = (
+            Tokens(ids=self.tables[part].ids, offsets=self.tables[part].offsets, labels=self._labels[part])
+            for part in ("train", "test")
+        )
+        vocabulary = self._base.config["vocab_size"]
+        return dict(baselines(train, test, vocabulary=vocabulary, seed=self._recipe.training.seed))
 
     def mistakes(self) -> list[Mistake]:
         """Return wrong test predictions, surest first; empty before ``judge("test")``."""

@@ -108,6 +108,10 @@ class LanguageModelingTask:
         self.model.train(was_training)
         return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
 
+    def baselines(self) -> None:
+        """Return None: nothing is classified."""
+        return
+
     def mistakes(self) -> list[Mistake]:
         """Return nothing: a language model has no labels to miss."""
         return []

@@ -79,6 +79,9 @@ class Task(Protocol):
     def judge(self, part: str) -> dict[str, Any]:
         """Return every figure of one part, in the precision of the saved file."""
 
+    def baselines(self) -> dict[str, Any] | None:
+        """Return what costs next to nothing, judged on the test rows; None without labels."""
+
     def mistakes(self) -> list[Mistake]:
         """Return wrong test predictions, surest first."""
 
