@@ -40,7 +40,7 @@ from damage import (  # noqa: E402
 from forked import ROOT, Server  # noqa: E402
 from fuzz import TARGETS, fuzzed, write_targets  # noqa: E402
 from injections import PLACES, diverged, out_of_memory  # noqa: E402
-from kills import injected_kills, injected_signals, launcher_signal, random_kills, timed_kills  # noqa: E402
+from kills import early_signals, injected_kills, injected_signals, launcher_signal, random_kills, timed_kills  # noqa: E402
 from merging import altered_adapters, forced, merges, wrong_bases  # noqa: E402
 from reliability_peer import peer_adapters, peer_bases, peer_damage, peer_divergence, peer_kills  # noqa: E402
 from world import SETTINGS, Trial, failures  # noqa: E402
@@ -97,6 +97,8 @@ def stops(soak: Soak) -> list[Trial]:
     for setting in SETTINGS[:3]:
         cases = [(chance.random(), number, n) for number in both for n in (1, 2) for _ in range(soak.count(4))]
         trials += injected_signals(soak.server, soak.place(), setting, cases=cases)
+    early = [(chance.uniform(0.1, 5), number) for number in both for _ in range(soak.count(5))]
+    trials += early_signals(soak.place(), SETTINGS[0], cases=early)
     return trials + [launcher_signal(soak.place(), SETTINGS[number], both[0]) for number in (0, 2)]
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from forked import ROOT, Server
@@ -78,6 +78,26 @@ def injected_signals(
         trials.append(
             Trial("P3", f"{setting.name}: {count} x {name} before event {at}, {plain.events[at - 1]}", failure)
         )
+    return trials
+
+
+def early_signals(world: Path, setting: Setting, *, cases: Sequence[tuple[float, int]]) -> list[Trial]:
+    """Send a signal some seconds after the start of the interpreter, while libraries are imported and files read."""
+    write_world(world, setting)
+    trials = []
+    for delay, number in cases:
+        command = [sys.executable, "-m", "toolkit", *TRAIN, f"output.dir=early-{delay}-{number}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(
+            command, cwd=world, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        time.sleep(delay)
+        process.send_signal(number)
+        told = process.communicate(timeout=PATIENCE)[1].decode()
+        # Before the command line has begun, the signal itself ends the process; a shell says 128 and its number, too.
+        failure = "" if process.returncode == -number else _stopped_well(process.returncode, told, number)
+        case = f"{setting.name}: {signal.Signals(number).name} {delay} s after the start"
+        trials.append(Trial("P3", case, failure or strays(world / f"early-{delay}-{number}")))
     return trials
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from forked import Server
-from kills import injected_kills, injected_signals, launcher_signal, random_kills, timed_kills
+from kills import early_signals, injected_kills, injected_signals, launcher_signal, random_kills, timed_kills
 from world import SETTINGS, Setting, failures
 
 # Wall time on a machine that others use; the processor time is about a minute in all.
@@ -53,3 +53,8 @@ def test_p3_signals_at_any_place_and_twice(server: Server, tmp_path: Path) -> No
 def test_p3_a_signal_to_the_launcher_alone(tmp_path: Path) -> None:
     trial = launcher_signal(tmp_path, SETTINGS[0], signal.SIGTERM)
     assert not trial.failure
+
+
+def test_p3_a_signal_while_it_starts(tmp_path: Path) -> None:
+    cases = [(delay, number) for delay in (0.3, 3.0) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert failures(early_signals(tmp_path, SETTINGS[0], cases=cases)) == []

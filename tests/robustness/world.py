@@ -143,8 +143,10 @@ def difference(one: Path, other: Path, *, artifact: str) -> str:
 
 
 def strays(run: Path) -> str:
-    """Return what a finished run holds that nobody asked for."""
-    names = [path.name for path in [*run.iterdir(), *(run / "checkpoints").iterdir()]]
+    """Return what a finished run, or one that never began, holds that nobody asked for."""
+    if not run.exists():
+        return ""
+    names = [path.name for path in [*run.iterdir(), *(run / "checkpoints").glob("*")]]
     stray = sorted(name for name in names if name.startswith(".") and name != ".lock")
     return f"left behind: {', '.join(stray)}" if stray else ""
 
