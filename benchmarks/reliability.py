@@ -58,6 +58,7 @@ class Soak:
     def __init__(self, server: Server, folder: pathlib.Path, *, share: float, seed: int) -> None:
         self.server, self._folder, self.share, self.seed = server, folder, share, seed
         self._made = 0
+        self.keep: Callable[[list[Trial]], None] = lambda trials: None
 
     def count(self, number: int) -> int:
         """Return how many of ``number`` cases are tried."""
@@ -80,12 +81,14 @@ def kills(soak: Soak) -> list[Trial]:
     for setting in SETTINGS:
         trials += timed_kills(soak.server, soak.place(), setting, count=soak.count(22), seed=soak.seed)
         trials += random_kills(soak.server, soak.place(), setting, count=soak.count(3), seed=soak.seed)
+        soak.keep(trials)
     return trials
 
 
 def kill_points(soak: Soak) -> list[Trial]:
     trials = injected_kills(soak.server, soak.place(), SETTINGS[0], points=soak.every(1))
     for setting in SETTINGS[1:4]:
+        soak.keep(trials)
         trials += injected_kills(soak.server, soak.place(), setting, points=soak.every(8))
     return trials
 
@@ -213,15 +216,32 @@ def figures(trials: list[Trial]) -> dict[str, Any]:
     return {"tried": len(trials), "failed": len(failures(trials)), "failures": failures(trials)[:50]}
 
 
-def run_section(name: str, soak: Soak) -> dict[str, Any]:
-    """Try one promise, and the peer on it."""
+def run_section(name: str, soak: Soak) -> None:
+    """Try one promise, and the peer on it; what the longest ones have tried so far is kept on the way."""
     _, ours, peer = SECTIONS[name]
     started = time.monotonic()
-    found: dict[str, Any] = {"toolkit": figures(ours(soak))}
-    found["seconds"] = round(time.monotonic() - started)
+    facts = {"seed": soak.seed, "share": soak.share, "date": datetime.date.today().isoformat()}
+
+    def keep(trials: list[Trial]) -> dict[str, Any]:
+        found = {"toolkit": figures(trials), "seconds": round(time.monotonic() - started), **facts}
+        write_result(name, found)
+        return found
+
+    soak.keep = keep
+    found = keep(ours(soak))
     if peer is not None:
-        found["peer"] = figures(peer(soak))
-    return {**found, "seed": soak.seed, "share": soak.share, "date": datetime.date.today().isoformat()}
+        write_result(name, {**found, "peer": figures(peer(soak))})
+
+
+def write_result(name: str, found: dict[str, Any]) -> None:
+    # Read anew: another process may have added its sections.
+    result = json.loads(RESULT.read_text()) if RESULT.exists() else {"promises": {}}
+    result |= {"machine": environment(torch.device("cpu")), "date": found["date"]}
+    result["promises"][name] = found
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    write_page(result)
+    told = {who: (found[who]["failed"], found[who]["tried"]) for who in ("toolkit", "peer") if who in found}
+    print(name, "failed, tried:", told, f"{found['seconds']} s", flush=True)
 
 
 def write_page(result: dict[str, Any]) -> None:
@@ -254,17 +274,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Server(TOOLKIT_CACHE=f"{folder}/cache", PYTHONPATH=paths) as server:
         soak = Soak(server, pathlib.Path(folder), share=words.share, seed=words.seed)
         for name in words.only:
-            found = run_section(name, soak)
-            # Read anew: another process may have added its sections.
-            result = json.loads(RESULT.read_text()) if RESULT.exists() else {"promises": {}}
-            result |= {"machine": environment(torch.device("cpu")), "date": datetime.date.today().isoformat()}
-            result["promises"][name] = found
-            RESULT.write_text(json.dumps(result, indent=1) + "\n")
-            write_page(result)
-            told = {
-                who: f"{found[who]['failed']} of {found[who]['tried']}" for who in ("toolkit", "peer") if who in found
-            }
-            print(name, "failed, tried:", told, f"{found['seconds']} s", flush=True)
+            run_section(name, soak)
 
 
 if __name__ == "__main__":
