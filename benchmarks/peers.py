@@ -65,10 +65,12 @@ def save_array(path: pathlib.Path, texts: list[list[int]], labels: list[int]) ->
     np.save(path, table)
 
 
-def save_base(folder: pathlib.Path, family: str) -> pathlib.Path:
-    """Write a full-size base with random weights and a real tokenizer."""
+def save_base(folder: pathlib.Path, family: str, **changes: Any) -> pathlib.Path:
+    """Write a full-size base with random weights and a real tokenizer; ``changes`` go into its config."""
     torch.manual_seed(0)
-    model = MODELS[family](CONFIGS[family]())
+    config = CONFIGS[family]()
+    config.update(changes)
+    model = MODELS[family](config)
     model.save_pretrained(folder)
     if family == "gpt2":
         for name in ("vocab.json", "merges.txt"):
@@ -92,16 +94,19 @@ def collate(rows: list[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in rows])}
 
 
-def peer_model(base: pathlib.Path, family: str, method: str) -> Any:
-    model = MODELS[family].from_pretrained(base)
+def peer_model(base: pathlib.Path, family: str, method: str, *, dropout: float = 0.0, **options: Any) -> Any:
+    """Return the peer's model; ``options`` go to ``from_pretrained``, ``dropout`` is that of LoRA."""
+    model = MODELS[family].from_pretrained(base, **options)
     if family == "gpt2":
         model.config.use_cache = False
     if method == "lora":
-        from peft import LoraConfig, TaskType, get_peft_model
+        from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
 
+        if options:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         targets = list(FAMILIES[family].lora_auto)
-        config = LoraConfig(task_type=TaskType.SEQ_CLS, r=16, lora_alpha=32, lora_dropout=0.0, target_modules=targets,
-                            fan_in_fan_out=family == "gpt2")  # fmt: skip
+        config = LoraConfig(task_type=TaskType.SEQ_CLS, r=16, lora_alpha=32, lora_dropout=dropout,
+                            target_modules=targets, fan_in_fan_out=family == "gpt2" and not options)  # fmt: skip
         return get_peft_model(model, config)
     if method == "last_n":
         last = len(list(model.get_submodule(FAMILIES[family].blocks))) - 1
@@ -112,16 +117,17 @@ def peer_model(base: pathlib.Path, family: str, method: str) -> Any:
 
 
 def peer_train(model: Any, texts: list[list[int]], labels: list[int], *, folder: pathlib.Path, batch_size: int,
-               grouped: bool, epochs: int) -> float:  # fmt: skip
-    """Run the peer's training loop and return its seconds."""
+               grouped: bool, epochs: int, callbacks: Any = None, **settings: Any) -> float:  # fmt: skip
+    """Run the peer's training loop and return its seconds; ``settings`` are more TrainingArguments."""
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=batch_size, num_train_epochs=epochs, learning_rate=1e-4,
         use_cpu=True, save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
-        train_sampling_strategy="group_by_length" if grouped else "random",
+        train_sampling_strategy="group_by_length" if grouped else "random", **settings,
     )  # fmt: skip
     rows = [{"input_ids": ids, "labels": label} for ids, label in zip(texts, labels, strict=True)]
     pad_id = int(model.config.pad_token_id)
-    trainer = transformers.Trainer(model, arguments, train_dataset=rows, data_collator=lambda b: collate(b, pad_id))  # type: ignore[arg-type]
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=callbacks,
+                                   data_collator=lambda b: collate(b, pad_id))  # type: ignore[arg-type]  # fmt: skip
     started = time.perf_counter()
     trainer.train()
     return time.perf_counter() - started
