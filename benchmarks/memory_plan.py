@@ -7,9 +7,11 @@ longest has ``longest`` tokens. Each case trains two optimizer steps on one and 
 which finds Adam's state, is the largest of the run. Every figure comes from a process of its own:
 
 - predicted: ``toolkit plan --json --device cpu``, with the seconds the command took;
-- allocated: tensors that are alive when training begins, plus the events of torch's CPU allocator while it runs;
-- resident: the peak resident set of the process until training ends, without the profiler that the line above needs;
-- the peer's two figures, by the same code around ``Trainer.train``, its batches padded to their longest row.
+- allocated: the events of torch's CPU allocator, counted again from the tensors alive when training begins;
+- resident: ``memory.peak_bytes`` of result.json, the peak resident set until training ends, and beside it
+  ``memory.predicted_bytes``, the prediction that starts from what the process held before tokens and weights;
+- the peer's two figures around ``Trainer.train``, its batches padded to their longest row: allocated by the same code,
+  resident as the process's peak until training ends.
 
 Writes results/memory_plan.json, case by case: what was named is measured again, the rest stays. OpenMP's threads sleep
 while they wait, so that the figures come as fast beside other work; that changes no byte.
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -83,30 +86,43 @@ def draw_texts(rows: int, longest: int, seed: int) -> tuple[list[list[int]], lis
     return [chance.integers(1000, 20_000, length).tolist() for length in lengths], [row % 2 for row in range(rows)]
 
 
-class Peak:
-    """Measures between ``start`` and ``stop``: allocated bytes under the profiler, or the resident set without it."""
+class Allocated:
+    """The peak of allocated bytes between the first ``start`` and ``stop``.
 
-    def __init__(self, kind: str) -> None:
-        self.kind, self.bytes = kind, 0
+    The events are those of one thread; ``start`` is called again to begin from all tensors that are alive by then.
+    """
+
+    _peak = 0
+    _profile: Any = None
 
     def start(self) -> None:
         from torch.profiler import ProfilerActivity, profile
 
-        if self.kind == "allocated":
-            self._held = live_tensor_bytes()
-            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
-            self._profile.start()
+        if self._profile is not None:
+            self.stop()
+        self._held = live_tensor_bytes()
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+        self._profile.start()
 
-    def stop(self) -> None:
-        if self.kind == "resident":
-            status = pathlib.Path("/proc/self/status").read_text(encoding="ascii")
-            self.bytes = 1024 * int(status.partition("VmHWM:")[2].split()[0])
-            return
+    def stop(self) -> int:
         self._profile.stop()
         events: Any = self._profile.profiler
         memory = [event for event in events.kineto_results.events() if event.name() == "[memory]"]
         memory.sort(key=lambda event: event.start_ns())
-        self.bytes = self._held + int(np.cumsum([event.nbytes() for event in memory]).max())
+        seen = self._held + int(np.cumsum([event.nbytes() for event in memory]).max(initial=0))
+        self._peak = max(self._peak, seen)
+        return self._peak
+
+
+class Resident:
+    """The peak resident set of the process until ``stop``."""
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> int:
+        status = pathlib.Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def live_tensor_bytes() -> int:
@@ -122,33 +138,43 @@ def live_tensor_bytes() -> int:
     return sum(storages.values())
 
 
-def measure_toolkit(folder: pathlib.Path, kind: str) -> int:
-    """Train the folder's recipe until training ends, and return the peak."""
+def measure_toolkit(folder: pathlib.Path, kind: str) -> dict[str, Any]:
+    """Train the folder's recipe; return what was allocated, or what result.json says of memory."""
     from toolkit.config.load import load_recipe
     from toolkit.finetune import finetune
     from toolkit.listener import Silent
 
-    peak = Peak(kind)
+    recipe = load_recipe(folder / "recipe.yaml")
+    if kind == "resident":
+        memory = finetune(recipe)["memory"]
+        phases = {phase["name"]: phase["rss"] for phase in memory["phases"]}
+        return {
+            "resident": memory["peak_bytes"],
+            "resident_predicted": memory["predicted_bytes"] or 0,
+            "phases": phases,
+        }
+    peak = Allocated()
 
-    class TrainingEnded(Exception):
+    class StepsTaken(Exception):
         pass
 
     class Watch(Silent):
         def begin(self, *, total: int, done: int) -> None:
             peak.start()
 
-        def end(self) -> None:
-            peak.stop()
-            raise TrainingEnded
+        def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+            # Behind the last step. The checkpoint that follows is mapped to be checked, and a mapping counts as whole.
+            raise StepsTaken
 
+    peak.start()
     try:
-        finetune(load_recipe(folder / "recipe.yaml"), listener=Watch())
-    except TrainingEnded:
-        return peak.bytes
-    raise AssertionError("training did not end")
+        finetune(recipe, listener=Watch())
+    except StepsTaken:
+        return {"allocated": peak.stop()}
+    raise AssertionError("no evaluation")
 
 
-def measure_peer(folder: pathlib.Path, kind: str) -> int:
+def measure_peer(folder: pathlib.Path, kind: str) -> dict[str, int]:
     """Train the same rows as the documentation of transformers and peft says, and return the peak."""
     import peers
     import torch
@@ -166,14 +192,15 @@ def measure_peer(folder: pathlib.Path, kind: str) -> int:
         )  # fmt: skip
         options = {"quantization_config": stored}
     model = peers.peer_model(pathlib.Path(case["base"]), family, name, dropout=0.05, **options)
-    peak = Peak(kind)
+    peak = Allocated() if kind == "allocated" else Resident()
+    found = {}
 
     class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             peak.start()
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
-            peak.stop()
+            found[kind] = peak.stop()
 
     texts, labels = draw_texts(case["batch"], case["longest"], 1)
     torch.set_num_threads(os.cpu_count() or 1)
@@ -181,7 +208,7 @@ def measure_peer(folder: pathlib.Path, kind: str) -> int:
         model, texts, labels, folder=folder / "peer", batch_size=case["batch"], grouped=False, epochs=2,
         callbacks=[Watch()], gradient_checkpointing=checkpointing,
     )  # fmt: skip
-    return peak.bytes
+    return found
 
 
 def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
@@ -213,14 +240,14 @@ def compare(name: str, root: pathlib.Path, sides: list[str]) -> dict[str, Any]:
     environment = {**os.environ, "TOOLKIT_CACHE": str(root / "cache"), "PYTHONPATH": str(ROOT),
                    "OMP_WAIT_POLICY": "PASSIVE"}  # fmt: skip
 
-    def measure(who: str, kind: str) -> int:
+    def measure(who: str, kind: str) -> dict[str, int]:
         # As the command line does for training: glibc asks for huge pages.
         tuned = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if who == "toolkit" else {}
         command = [sys.executable, __file__, "--measure", who, kind, str(folder)]
         done = subprocess.run(command, env={**environment, **tuned}, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{name}, {who}: {done.stderr[-2000:]}")
-        return int(done.stdout.split()[-1])
+        return dict(json.loads(done.stdout.splitlines()[-1]))
 
     command = [sys.executable, "-m", "toolkit", "plan", str(folder / "recipe.yaml"), "--json", "--device", "cpu"]
     started = time.perf_counter()
@@ -232,7 +259,7 @@ def compare(name: str, root: pathlib.Path, sides: list[str]) -> dict[str, Any]:
     record["plan_seconds"] = round(seconds, 2)
     record["predicted"] = {key: planned[key] for key in ("allocated_bytes", "peak_bytes", "breakdown", "moment")}
     for who in sides if CASES[name][6] else [side for side in sides if side == "toolkit"]:
-        record[who] = {kind: measure(who, kind) for kind in ("allocated", "resident")}
+        record[who] = measure(who, "allocated") | measure(who, "resident")
     return record
 
 
@@ -246,11 +273,15 @@ def main(names: list[str], sides: list[str]) -> None:
             started = time.perf_counter()
             record = cases[name] = {**cases.get(name, {}), **compare(name, pathlib.Path(folder), sides)}
             record["seconds"] = round(time.perf_counter() - started, 1)
-            for kind, key in (("allocated", "allocated_bytes"), ("resident", "peak_bytes")):
-                real, predicted = record["toolkit"][kind], record["predicted"][key]
+            ours, predicted = record["toolkit"], record["predicted"]
+            for kind, expected in (
+                ("allocated", predicted["allocated_bytes"]),
+                ("resident", predicted["peak_bytes"]),
+                ("resident", ours["resident_predicted"]),
+            ):
                 peer = f", peer {record['peer'][kind] / 2**20:.0f}" if "peer" in record else ""
-                print(f"{name}: {kind} {real / 2**20:.0f} MiB, predicted {predicted / 2**20:.0f} MiB "
-                      f"({predicted / real - 1:+.1%}){peer}", flush=True)  # fmt: skip
+                print(f"{name}: {kind} {ours[kind] / 2**20:.0f} MiB, predicted {expected / 2**20:.0f} MiB "
+                      f"({expected / ours[kind] - 1:+.1%}){peer}", flush=True)  # fmt: skip
             peers.write(RESULT, {"cases": {known: cases[known] for known in CASES if known in cases}})
 
 
@@ -262,6 +293,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.measure:
         who, kind, folder = arguments.measure
-        print({"toolkit": measure_toolkit, "peer": measure_peer}[who](pathlib.Path(folder), kind))
+        measured = {"toolkit": measure_toolkit, "peer": measure_peer}[who](pathlib.Path(folder), kind)
+        print(json.dumps(measured))
     else:
         main(arguments.cases, arguments.sides)

@@ -26,6 +26,7 @@ from toolkit.listener import SILENT, Listener
 from toolkit.models.base import Base, resolve_base
 from toolkit.report.metrics_log import MetricsLog
 from toolkit.report.run_record import RunRecord, read_run_record
+from toolkit.report.wording import memory_sentence
 from toolkit.run_folder import RunFolder
 from toolkit.runtime import memory_errors, process_rank
 
@@ -117,6 +118,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     from toolkit.adapters.apply import parameter_report
     from toolkit.adapters.rates import rate_scales
     from toolkit.adapters.schedule import build_schedule
+    from toolkit.memory.measure import MemoryWatch, predict_run
     from toolkit.outcome import build_record, environment, error_examples, write_reports
     from toolkit.tasks import Setup, build_task
     from toolkit.training.gemm import choose_gemm
@@ -136,11 +138,11 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     )
     main = accelerator.is_main_process
     runtime.seed_everything(settings.seed)
-    runtime.reset_peak_memory(device)
+    memory = MemoryWatch(device)
 
     # Tokens, model, method, objective.
     tokenizer = load_tokenizer(base.path, kind=base.family.tokenizer)
-    task = build_task(Setup(recipe, data, base, tokenizer, accelerator, gemm, listener))
+    task = build_task(Setup(recipe, data, base, tokenizer, accelerator, gemm, listener, memory))
     runtime.return_freed_memory()
     parameters = parameter_report(task.model)
     plan = build_plan(settings, lengths=task.tables["train"].lengths, processes=accelerator.num_processes)
@@ -176,14 +178,15 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     )
     resume(trainer, folder.checkpoints, listener)
     log.begin(trainer.progress.step)
+    memory.enter("train")
     listener.begin(total=plan.total_steps, done=trainer.progress.step)
     try:
         progress = trainer.fit()
     finally:
         listener.end()
-    peak_bytes, measured = runtime.peak_memory(device)
 
     # Evaluation, export, report.
+    memory.enter("evaluate")
     metrics: dict[str, Any] = {part: task.judge(part) for part in ("validation", "test") if len(task.tables[part])}
     if not main:
         accelerator.wait_for_everyone()
@@ -191,6 +194,15 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
         return read_run_record(folder.result)
     if recipe.evaluation.baselines and "test" in metrics:
         metrics["baselines"] = task.baselines()
+    memory.enter("export")
+    artifact = task.save(folder.path)
+    memory.end()
+    log.phases(memory.phases, step=progress.step)
+    predicted = predict_run(
+        recipe, tables=task.tables, data=data, base=base, accelerator=accelerator, found=memory.found
+    )
+    used = memory.record(predicted, shortage=recipe_lines(settings, progress))
+    listener.say(memory_sentence(used))
     record = build_record(
         recipe,
         folder=folder,
@@ -198,11 +210,11 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
         base=base,
         truncated=task.truncated,
         parameters=parameters,
-        artifact=task.save(folder.path),
+        artifact=artifact,
         progress=progress,
         epochs=plan.epoch_of(progress.step),
         metrics=metrics,
-        memory={"peak_bytes": peak_bytes, "kind": measured, "shortage": recipe_lines(settings, progress)},
+        memory=used,
         prefix_cache=task.prefix_cache,
         environment=environment(device, precision=precision, processes=accelerator.num_processes, gemm=gemm),
     )

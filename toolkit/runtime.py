@@ -14,7 +14,7 @@ import pathlib
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from toolkit.errors import CapabilityError, OutOfMemoryError, Problem
 
@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Precision = Literal["fp32", "bf16", "fp16"]
+MemoryKind = Literal["resident set", "cuda allocated"]
+
+
+class MemoryUse(TypedDict):
+    """Bytes of memory: ``allocated`` and ``reserved`` by CUDA's allocator, 0 elsewhere; ``rss``, the resident set."""
+
+    allocated: int
+    reserved: int
+    rss: int
+
 
 PEFT_ASKS = ("peft.import_utils.is_bnb_available", "peft.import_utils.is_bnb_4bit_available")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "tiktoken", "safetensors")
@@ -198,34 +208,51 @@ def reset_peak_memory(device: torch.device) -> None:
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
     clear_refs = pathlib.Path("/proc/self/clear_refs")
     if clear_refs.exists():
         # proc(5): writing 5 resets the peak resident set size.
         clear_refs.write_text("5")
 
 
-def peak_memory(device: torch.device) -> tuple[int, str]:
-    """Return the peak in bytes since the last reset, and what it counts: allocated on CUDA, resident on a CPU."""
+def memory_kind(device: torch.device) -> MemoryKind:
+    """Return what decides whether a run fits: what CUDA's allocator handed out, or the process's resident set."""
+    return "cuda allocated" if device.type == "cuda" else "resident set"
+
+
+def held_memory(device: torch.device) -> MemoryUse:
+    """Return the bytes held now."""
+    import psutil
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device), "cuda allocated"
+    on_card = device.type == "cuda"
+    return {
+        "allocated": torch.cuda.memory_allocated(device) if on_card else 0,
+        "reserved": torch.cuda.memory_reserved(device) if on_card else 0,
+        "rss": int(psutil.Process().memory_info().rss),
+    }
+
+
+def peak_memory(device: torch.device) -> MemoryUse:
+    """Return the most bytes held since the last reset; where the system cannot reset it, ``rss`` is of all the time."""
+    import torch
+
+    on_card = device.type == "cuda"
+    return {
+        "allocated": torch.cuda.max_memory_allocated(device) if on_card else 0,
+        "reserved": torch.cuda.max_memory_reserved(device) if on_card else 0,
+        "rss": _peak_resident(),
+    }
+
+
+def _peak_resident() -> int:
     status = pathlib.Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024, "resident set"
+        return int(line.split()[1]) * 1024
     import resource
 
     scale = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale, "resident set"
-
-
-def resident_bytes() -> int:
-    """Return the bytes of memory this process holds now."""
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from toolkit.memory.prefix_rule import BYTES
 from toolkit.memory.shape import ModelShape
 from toolkit.memory.tape import Tape
 
-MIB = 2**20
 PARTS = (
     "weights",
     "quantisation state",
@@ -29,9 +28,6 @@ PARTS = (
     "framework",
 )
 ACTIVATIONS = ("embeddings", "attention", "mlp", "head")
-# Resident after the imports of a run on the CPU (torch, transformers, peft, accelerate, scikit-learn, matplotlib).
-# On CUDA: the driver's context and cuBLAS, which max_memory_allocated does not count; not measured by us.
-FRAMEWORK = {"cpu": 560 * MIB, "cuda": 500 * MIB}
 QUANTISED_BLOCK = 64
 SCALE_BLOCK = 256
 
@@ -76,6 +72,7 @@ def estimate(
     chunk_tokens: int = 0,
     streamed: bool = False,
     embedding_on_disk: bool = False,
+    framework: int = 0,
 ) -> Estimate:
     """Return the largest peak over training steps and evaluations in training.
 
@@ -91,6 +88,7 @@ def estimate(
         chunk_tokens: Tokens of which that pass holds the states together.
         streamed: Whether blocks whose states are kept, and the token embedding, stay on disk.
         embedding_on_disk: Whether the token embedding does without kept states, too.
+        framework: Bytes that the process holds beside tensors (``framework_bytes``).
     """
     found = []
     prefix = list(prefix)
@@ -127,13 +125,13 @@ def estimate(
         if learns:
             tape.backward(loss)
         moment = f"{name}, {tape.peak_moment}"
-        found.append(Estimate(_breakdown(tape, device), moment, batch.tokens, batch.rows))
+        found.append(Estimate(_breakdown(tape, framework), moment, batch.tokens, batch.rows))
     return max(found, key=lambda one: one.peak_bytes)
 
 
-def _breakdown(tape: Tape, device: str) -> dict[str, int]:
+def _breakdown(tape: Tape, framework: int) -> dict[str, int]:
     held = {(f"activations: {part}" if part in ACTIVATIONS else part): size for part, size in tape.at_peak.items()}
-    held["framework"] = FRAMEWORK[device]
+    held["framework"] = framework
     return {part: held.get(part, 0) for part in PARTS}
 
 

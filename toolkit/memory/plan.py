@@ -13,22 +13,11 @@ from toolkit.config.load import dump_recipe
 from toolkit.config.schema import Recipe
 from toolkit.durable import write_file_atomically
 from toolkit.errors import OutputError, Problem
-from toolkit.memory.batches import largest_evaluation_batch, largest_micro_batches, largest_prefix_batch
 from toolkit.memory.candidates import alternatives, candidates, losses, slowness, with_training
-from toolkit.memory.estimate import Estimate, estimate
-from toolkit.memory.inputs import Inputs, Lengths, choose_device, parse_bytes, read_sizes
-from toolkit.memory.microbatch import MicroBatch
-from toolkit.memory.prefix_rule import (
-    BATCH_TOKENS,
-    CHUNK_TOKENS,
-    can_stream,
-    embedding_on_disk,
-    state_bytes,
-    worth_keeping,
-)
-from toolkit.memory.shape import ModelShape, model_shape
-
-EVALUATION_BATCH = 32
+from toolkit.memory.estimate import Estimate
+from toolkit.memory.inputs import Inputs, choose_device, parse_bytes, read_sizes
+from toolkit.memory.predict import predict
+from toolkit.memory.shape import model_shape
 
 
 @dataclass(frozen=True)
@@ -132,42 +121,7 @@ class _Planner:
         return MemoryPlan(recipe=recipe, budget_bytes=limit, estimate=written, advice=advice, **facts)
 
     def predict(self, recipe: Recipe) -> Estimate:
-        inputs, longest = self._inputs, recipe.model.max_length
-        masked = inputs.base.family.tokenizer == "wordpiece"
-        spoken = recipe.objective == "language_modeling"
-        share = (recipe.language_modeling.mask_probability if masked else 1.0) if spoken else 0.0
-        vocabulary = int(inputs.base.config["vocab_size"])
-        classes = min(recipe.language_modeling.target_tokens or vocabulary, vocabulary) if spoken else 0
-        train, validation = (np.minimum(lengths, longest) for lengths in (inputs.train, inputs.validation))
-        shape = model_shape(inputs.base.config, recipe, labels=inputs.labels)
-        return estimate(
-            shape,
-            batches=largest_micro_batches(train, recipe.training, target_share=share, classes=classes),
-            evaluation=largest_evaluation_batch(
-                validation, batch_size=EVALUATION_BATCH, target_share=share, classes=classes
-            ),
-            training=recipe.training,
-            quantization=recipe.quantization,
-            device=self._device,
-            low_precision=recipe.training.precision in ("bf16", "fp16")
-            or (recipe.training.precision == "auto" and self._device == "cuda"),
-            prefix=self._prefix(recipe, shape, train),
-            chunk_tokens=min(CHUNK_TOKENS, int(train.sum())),
-            streamed=can_stream(recipe),
-            embedding_on_disk=embedding_on_disk(recipe, device=self._device),
-        )
-
-    def _prefix(self, recipe: Recipe, shape: ModelShape, lengths: Lengths) -> list[MicroBatch]:
-        """Return the largest pass over frozen blocks whose states are kept."""
-        if not worth_keeping(recipe, blocks=shape.frozen, rows=len(lengths)):
-            return []
-        settings, pooled = recipe.training.prefix_cache, shape.frozen == shape.layers
-        size = state_bytes(
-            tokens=int(lengths.sum()), rows=len(lengths), width=shape.width, dtype=settings.dtype, pooled=pooled
-        )
-        if size > settings.max_gib * 2**30:
-            return []
-        return largest_prefix_batch(lengths, max_tokens=BATCH_TOKENS[self._device])
+        return predict(recipe, self._inputs, device=self._device)
 
     def _changes(self, recipe: Recipe, chosen: Recipe) -> Iterator[Change]:
         """Yield the differences one after another, each with what it saves on top of those before it."""

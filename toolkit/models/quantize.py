@@ -99,7 +99,19 @@ def prepare_quantized(model: PreTrainedModel) -> PreTrainedModel:
             module.support_avx512bf16_for_cpu = False
     for path in FAMILIES[model.config.model_type].head:
         model.get_submodule(path).float()
+    _leave_files(model)
     return model
+
+
+def _leave_files(model: nn.Module) -> None:
+    """Copy what was not quantised out of the base's mapped files.
+
+    The embeddings would keep the mapping alive, and with it every page that was read to be quantised: 340 MiB of
+    GPT-2's 498 stayed resident beside the 8- or 4-bit weights.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def _exact_state_class() -> type:

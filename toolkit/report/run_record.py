@@ -12,6 +12,15 @@ from toolkit.errors import OutputError, Problem
 
 FORMAT = 1
 MAX_BYTES = 16 << 20
+# What records lacked while they held the measured peak alone.
+MEASURED_ALONE: dict[str, Any] = {
+    "predicted_bytes": None,
+    "predicted": {},
+    "allocated_bytes": 0,
+    "reserved_bytes": 0,
+    "phases": [],
+    "shortage": [],
+}
 
 
 class BaseRecord(TypedDict):
@@ -115,17 +124,50 @@ class TimingRecord(TypedDict):
     tokens_per_second: float
 
 
-class MemoryRecord(TypedDict):
-    """Peak memory of training.
+class PhaseRecord(TypedDict):
+    """What one phase of a run took.
 
     Attributes:
-        peak_bytes: In bytes.
-        kind: What was measured: ``resident set`` or ``cuda allocated``.
+        name: tokenise, load, frozen blocks, train, evaluate or export.
+        time: When it began, in Unix seconds.
+        seconds: How long it went on.
+        allocated: Peak bytes of CUDA's allocator; 0 on a CPU.
+        reserved: Peak bytes that it had taken from the card; 0 on a CPU.
+        rss: Peak bytes of the resident set.
+    """
+
+    name: str
+    time: float
+    seconds: float
+    allocated: int
+    reserved: int
+    rss: int
+
+
+class MemoryRecord(TypedDict):
+    """Peak memory of a run in bytes, measured and predicted.
+
+    Attributes:
+        kind: What ``peak_bytes`` and ``predicted_bytes`` count: ``resident set`` on a CPU, ``cuda allocated``.
+        peak_bytes: Measured, up to the end of training.
+        predicted_bytes: What ``toolkit plan`` says of the same; null for several processes, on devices it does not
+            know, and in records from before it was kept.
+        predicted: The prediction by part; the framework's is measured before tokens and weights are there.
+        allocated_bytes: Peak of CUDA's allocator up to the end of training; 0 on a CPU.
+        reserved_bytes: What it had taken from the card; 0 on a CPU.
+        rss_bytes: Peak resident set of the whole run, evaluation and export included.
+        phases: In their order.
         shortage: Recipe lines that say from the start what the run did when memory ran out; none where it sufficed.
     """
 
-    peak_bytes: int
     kind: str
+    peak_bytes: int
+    predicted_bytes: int | None
+    predicted: dict[str, int]
+    allocated_bytes: int
+    reserved_bytes: int
+    rss_bytes: int
+    phases: list[PhaseRecord]
     shortage: list[str]
 
 
@@ -212,10 +254,13 @@ def read_run_record(path: pathlib.Path) -> RunRecord:
         raise OutputError(Problem(where, "", "not a JSON object of a run", "the result.json that a run wrote"))
     if data.get("format") != FORMAT:
         raise OutputError(Problem(where, "format", f"is {data.get('format')!r}", f"{FORMAT}"))
-    # Records from before there was a cache.
+    # Records from before there was a cache, or a prediction.
     data.setdefault("prefix_cache", None)
     if isinstance(data.get("metrics"), dict):
         data["metrics"].setdefault("baselines", None)
+    memory = data.get("memory")
+    if isinstance(memory, dict):
+        data["memory"] = {**MEASURED_ALONE, "rss_bytes": memory.get("peak_bytes"), **memory}
     missing = sorted(RunRecord.__required_keys__ - data.keys())
     if missing:
         raise OutputError(Problem(where, key, "missing", "the result.json that a run wrote") for key in missing)

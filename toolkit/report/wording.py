@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from toolkit.report.run_record import RunRecord
+from toolkit.report.run_record import MemoryRecord, RunRecord
 
 METHODS = {
     "full": ("full fine-tuning", "every weight was trained"),
@@ -121,6 +121,15 @@ def memory_kind(kind: str) -> str:
         "resident set": "all memory of the process",
         "cuda allocated": "memory of the GPU",
     }.get(kind, kind)
+
+
+def memory_sentence(memory: MemoryRecord) -> str:
+    """Return the measured peak beside the predicted one, as a line."""
+    counted = f"peak memory {size(memory['peak_bytes'])} ({memory_kind(memory['kind'])})"
+    predicted = memory["predicted_bytes"]
+    if predicted is None:
+        return f"{counted}; not predicted"
+    return f"{counted}, predicted {size(predicted)} ({predicted / memory['peak_bytes'] - 1:+.1%})"
 
 
 def summary(record: RunRecord) -> str:

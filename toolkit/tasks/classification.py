@@ -53,8 +53,9 @@ class ClassificationTask:
         self._recipe, self._base, self._tokenizer, self._accelerator = recipe, base, tokenizer, accelerator
         self._names = data.label_map.names
         self._labels = {part: _labels(getattr(data, part)) for part in PARTS}
+        setup.memory.enter("tokenise")
         self.tables, self.truncated = tokenize_parts(data, tokenizer, max_length=recipe.model.max_length)
-        self._gemm, self._listener = setup.gemm, setup.listener
+        self._gemm, self._listener, self._memory = setup.gemm, setup.listener, setup.memory
         plan = plan_prefixes(recipe, self.tables, base=base, accelerator=accelerator, listener=setup.listener)
         try:
             self._build(plan)
@@ -80,6 +81,7 @@ class ClassificationTask:
     def _build(self, plan: PrefixPlan | None) -> None:
         """Load the model with its method, and keep the states of its frozen blocks if there is a plan for them."""
         recipe, base, accelerator = self._recipe, self._base, self._accelerator
+        self._memory.enter("load")
         model = load_classifier(
             base,
             labels=self._names,
@@ -97,6 +99,7 @@ class ClassificationTask:
             checkpoint_activations(self.model)
         self._caches: dict[str, PrefixCache] = {}
         if plan is not None:
+            self._memory.enter("frozen blocks")
             self._caches = keep_prefixes(
                 self.model, self.tables, plan, pad_id=self._tokenizer.pad_id, accelerator=accelerator,
                 listener=self._listener,

@@ -36,6 +36,7 @@ class LanguageModelingTask:
         recipe, data, base, tokenizer = setup.recipe, setup.data, setup.base, setup.tokenizer
         accelerator = setup.accelerator
         self._recipe, self._base, self._accelerator = recipe, base, accelerator
+        setup.memory.enter("tokenise")
         whole, self.truncated = tokenize_parts(data, tokenizer, max_length=WHOLE_TEXT)
         special, causal = tokenizer.special, base.family.tokenizer == "bpe"
         self.tables = {
@@ -47,6 +48,7 @@ class LanguageModelingTask:
             )
             for part, table in whole.items()
         }
+        setup.memory.enter("load")
         self.model = load_language_model(
             base, seed=recipe.training.seed, random_init=recipe.model.random_init, device=accelerator.device
         )

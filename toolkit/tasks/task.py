@@ -19,6 +19,7 @@ from toolkit.export.artifact import ArtifactFacts, BaseReference, write_manifest
 from toolkit.export.model import copy_tokenizer, save_model
 from toolkit.export.staging import staged_folder
 from toolkit.listener import Listener
+from toolkit.memory.measure import MemoryWatch
 from toolkit.models.base import Base
 from toolkit.models.stored import StoredTensors
 from toolkit.report.run_record import PrefixCacheRecord
@@ -43,6 +44,7 @@ class Setup:
         accelerator: Processes and precision.
         gemm: Library of fp32 matrix products (``training.gemm``).
         listener: Hears how long preparations go.
+        memory: Measures what each preparation takes.
     """
 
     recipe: Recipe
@@ -52,6 +54,7 @@ class Setup:
     accelerator: Accelerator
     gemm: Gemm
     listener: Listener
+    memory: MemoryWatch
 
 
 class Task(Protocol):

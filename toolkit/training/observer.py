@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from toolkit.runtime import MemoryUse
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -18,7 +20,8 @@ class StepRecord:
         learning_rate: Rate of this step.
         grad_norm: Norm of the gradient before clipping.
         tokens_per_second: Real tokens over the time of all steps so far.
-        memory_bytes: Memory held now: allocated on CUDA, resident on a CPU.
+        time: When the line was written, in Unix seconds.
+        memory: Bytes held now.
     """
 
     step: int
@@ -27,7 +30,8 @@ class StepRecord:
     learning_rate: float
     grad_norm: float
     tokens_per_second: float
-    memory_bytes: int
+    time: float
+    memory: MemoryUse
 
 
 class Observer(Protocol):

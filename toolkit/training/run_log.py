@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from accelerate import Accelerator
@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from toolkit.config.schema import Recipe
 from toolkit.listener import Listener
 from toolkit.report.metrics_log import MetricsLog
+from toolkit.report.run_record import PhaseRecord
 from toolkit.training.observer import StepRecord
 
 
@@ -50,8 +51,12 @@ class RunLog:
         line = asdict(record)
         if self._accelerator.is_main_process:
             self._metrics.append(line)
-        self._track({name: value for name, value in line.items() if name != "step"}, record.step)
-        self._listener.logged(tokens_per_second=record.tokens_per_second, memory_bytes=record.memory_bytes)
+        memory = {f"memory/{name}": float(value) for name, value in line.pop("memory").items()}
+        self._track(
+            {**{name: value for name, value in line.items() if name not in ("step", "time")}, **memory}, record.step
+        )
+        held = record.memory["allocated"] or record.memory["rss"]
+        self._listener.logged(tokens_per_second=record.tokens_per_second, memory_bytes=held)
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write an evaluation line."""
@@ -63,6 +68,11 @@ class RunLog:
     def warned(self, line: str) -> None:
         """Pass a warning on."""
         self._listener.say(line)
+
+    def phases(self, phases: Iterable[PhaseRecord], *, step: int) -> None:
+        """Write a line for each phase of the run that ended, under the step after which it did."""
+        for phase in phases if self._accelerator.is_main_process else ():
+            self._metrics.append({"step": step, "phase": phase})
 
     def _track(self, values: dict[str, float], step: int) -> None:
         if self._recipe.output.tracker is not None:

@@ -21,7 +21,7 @@ from toolkit.config.schema import Recipe
 from toolkit.errors import DivergedError, StoppedError
 from toolkit.models.forward import checkpoint_activations
 from toolkit.parameters import trained_parameters
-from toolkit.runtime import is_out_of_memory, memory_errors, resident_bytes, return_freed_memory
+from toolkit.runtime import held_memory, is_out_of_memory, memory_errors, return_freed_memory
 from toolkit.training.checkpoint import Checkpoint, load_best, rotate, save_checkpoint, steps_on_disk
 from toolkit.training.observer import Observer, StepRecord
 from toolkit.training.optim import learning_rate
@@ -234,8 +234,7 @@ class Trainer:
         return self.plan.ends_epoch(step) if every == "epoch" else step % every == 0
 
     def _write_log(self) -> None:
-        progress, device = self.progress, self.accelerator.device
-        held = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
+        progress = self.progress
         record = StepRecord(
             step=progress.step,
             epoch=round(self.plan.epoch_of(progress.step), 4),
@@ -243,7 +242,8 @@ class Trainer:
             learning_rate=self._rate,
             grad_norm=self._grad_norm,
             tokens_per_second=round(progress.tokens / progress.train_seconds, 1),
-            memory_bytes=held,
+            time=round(time.time(), 3),
+            memory=held_memory(self.accelerator.device),
         )
         progress.pending_loss, progress.pending_steps = 0.0, 0
         self._observer.logged(record)

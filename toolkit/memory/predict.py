@@ -1,0 +1,72 @@
+"""A recipe and the lengths of its rows to the predicted peak, without torch: for planner and record alike."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from toolkit.config.schema import Recipe
+from toolkit.memory.batches import largest_evaluation_batch, largest_micro_batches, largest_prefix_batch
+from toolkit.memory.estimate import Estimate, estimate
+from toolkit.memory.framework import framework_bytes
+from toolkit.memory.inputs import Inputs, Lengths
+from toolkit.memory.microbatch import MicroBatch
+from toolkit.memory.prefix_rule import (
+    BATCH_TOKENS,
+    CHUNK_TOKENS,
+    can_stream,
+    embedding_on_disk,
+    state_bytes,
+    worth_keeping,
+)
+from toolkit.memory.shape import ModelShape, model_shape
+
+EVALUATION_BATCH = 32
+
+
+def predict(recipe: Recipe, inputs: Inputs, *, device: str, found: int | None = None) -> Estimate:
+    """Return the predicted peak of one process that trains a recipe.
+
+    Args:
+        recipe: All settings.
+        inputs: Sizes of base and data.
+        device: ``cpu`` or ``cuda``.
+        found: Bytes that the process held before tokens and weights were there; None takes what is usual.
+    """
+    longest = recipe.model.max_length
+    masked = inputs.base.family.tokenizer == "wordpiece"
+    spoken = recipe.objective == "language_modeling"
+    share = (recipe.language_modeling.mask_probability if masked else 1.0) if spoken else 0.0
+    vocabulary = int(inputs.base.config["vocab_size"])
+    classes = min(recipe.language_modeling.target_tokens or vocabulary, vocabulary) if spoken else 0
+    train, validation = (np.minimum(lengths, longest) for lengths in (inputs.train, inputs.validation))
+    shape = model_shape(inputs.base.config, recipe, labels=inputs.labels)
+    return estimate(
+        shape,
+        batches=largest_micro_batches(train, recipe.training, target_share=share, classes=classes),
+        evaluation=largest_evaluation_batch(
+            validation, batch_size=EVALUATION_BATCH, target_share=share, classes=classes
+        ),
+        training=recipe.training,
+        quantization=recipe.quantization,
+        device=device,
+        low_precision=recipe.training.precision in ("bf16", "fp16")
+        or (recipe.training.precision == "auto" and device == "cuda"),
+        prefix=_prefix(recipe, shape, train, device=device),
+        chunk_tokens=min(CHUNK_TOKENS, int(train.sum())),
+        streamed=can_stream(recipe),
+        embedding_on_disk=embedding_on_disk(recipe, device=device),
+        framework=framework_bytes(recipe, device=device, found=found),
+    )
+
+
+def _prefix(recipe: Recipe, shape: ModelShape, lengths: Lengths, *, device: str) -> list[MicroBatch]:
+    """Return the largest pass over frozen blocks whose states are kept."""
+    if not worth_keeping(recipe, blocks=shape.frozen, rows=len(lengths)):
+        return []
+    settings, pooled = recipe.training.prefix_cache, shape.frozen == shape.layers
+    size = state_bytes(
+        tokens=int(lengths.sum()), rows=len(lengths), width=shape.width, dtype=settings.dtype, pooled=pooled
+    )
+    if size > settings.max_gib * 2**30:
+        return []
+    return largest_prefix_batch(lengths, max_tokens=BATCH_TOKENS[device])
