@@ -21,7 +21,7 @@ from toolkit.errors import CheckpointError, DivergedError, OutputError
 from toolkit.finetune import finetune
 from toolkit.models.stored import StoredTensors
 from toolkit.models.streamed import StreamedBlocks
-from toolkit.report.run_record import RunRecord
+from toolkit.report.run_record import MemoryRecord, RunRecord
 
 __all__ = ["pico_cache"]
 
@@ -79,13 +79,37 @@ QUANTISED = [
 ]
 
 
+def check_memory(memory: MemoryRecord, metrics: Path) -> None:
+    """Measured and predicted of the same thing, by phase; tiny models are the framework and little else."""
+    names = [phase["name"] for phase in memory["phases"]]
+    assert [name for name in names if name != "frozen blocks"] == ["tokenise", "load", "train", "evaluate", "export"]
+    assert max(phase["rss"] for phase in memory["phases"]) == memory["rss_bytes"] >= memory["peak_bytes"]
+    assert memory["kind"] == "resident set"
+    assert memory["predicted_bytes"] == sum(memory["predicted"].values())
+    assert memory["predicted_bytes"] == pytest.approx(memory["peak_bytes"], rel=0.25)
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["phase"] for line in lines if "phase" in line] == memory["phases"]
+    held = [line["memory"] for line in lines if "loss" in line]
+    assert held
+    assert all(0 < one["rss"] <= memory["rss_bytes"] and one["allocated"] == one["reserved"] == 0 for one in held)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "distilbert"])
 @pytest.mark.parametrize("method", METHODS + QUANTISED)
 def test_every_method_leaves_the_run_folder_of_the_contract(recipe_file, tmp_path, family, method):
     record: RunRecord = finetune(load_recipe(recipe_file(family, method)))
     run = tmp_path / "run"
     kind = "adapter" if "lora" in method else "model"
-    for name in ("recipe.yaml", "result.json", "metrics.jsonl", "README.md", "report.html", "curves.png", kind):
+    for name in (
+        "recipe.yaml",
+        "result.json",
+        "metrics.jsonl",
+        "README.md",
+        "report.html",
+        "curves.png",
+        "memory.png",
+        kind,
+    ):
         assert (run / name).exists(), name
     assert json.loads((run / "result.json").read_text()) == record
     assert record["steps"] == 14
@@ -94,7 +118,7 @@ def test_every_method_leaves_the_run_folder_of_the_contract(recipe_file, tmp_pat
     assert {"loss", "accuracy", "f1_macro"} <= set(record["metrics"]["test"])
     assert record["metrics"]["baselines"]["majority"]["accuracy"] == pytest.approx(0.5, abs=0.1)
     assert record["metrics"]["baselines"]["tfidf_logistic_regression"]["rows"] == 84
-    assert record["memory"]["peak_bytes"] > 0
+    check_memory(record["memory"], run / "metrics.jsonl")
     assert record["timing"]["tokens_per_second"] > 0
     assert record["base"]["offline"] is False
     from toolkit.inference.predict import Classifier

@@ -140,12 +140,15 @@ def _rows(record: RunRecord) -> list[tuple[str, str]]:
     if record["metrics"]["baselines"]:
         beside = record["metrics"]["baselines"].items()
         rows.append(("beside", "  ".join(f"{NAMES[name]} {figures['accuracy']:.4f}" for name, figures in beside)))
+    memory = record["memory"]
+    predicted = memory["predicted_bytes"]
     rows.append(
         (
             "cost",
             f"{record['steps']:,} steps in {human_seconds(timing['train_seconds'])}, "
             f"{timing['tokens_per_second']:,.0f} tokens/s, "
-            f"peak {human_bytes(record['memory']['peak_bytes'])} ({record['memory']['kind']})",
+            f"peak {human_bytes(memory['peak_bytes'])} ({memory['kind']})"
+            + (f", predicted {human_bytes(predicted)}" if predicted is not None else ""),
         )
     )
     return rows

@@ -13,7 +13,7 @@ from toolkit.config.schema import Recipe
 from toolkit.data.parts import LoadedData
 from toolkit.evaluation.mistakes import Mistake
 from toolkit.models.base import Base
-from toolkit.report.curves import draw_confusion, draw_curves
+from toolkit.report.curves import draw_confusion, draw_curves, draw_memory
 from toolkit.report.html import ErrorExample, write_report
 from toolkit.report.metrics_log import MetricsLog
 from toolkit.report.model_card import write_model_card
@@ -80,17 +80,28 @@ def build_record(
 
 
 def write_reports(record: RunRecord, *, recipe: Recipe, folder: RunFolder, mistakes: list[ErrorExample]) -> None:
-    """Write curves, confusion matrix, report and model card; then result.json, which says that the run is finished."""
+    """Write pictures, report and model card; then result.json, which says that the run is finished."""
     text = dump_recipe(recipe)
     curves = folder.path / "curves.png"
     best = record["best"]["step"] if record["best"] else None
-    draw_curves(MetricsLog(folder.metrics).read(), curves, title=record["name"], best_step=best)
+    history = MetricsLog(folder.metrics).read()
+    draw_curves(history, curves, title=record["name"], best_step=best)
+    timeline = folder.path / "memory.png"
+    draw_memory(record["memory"], history, timeline)
     confusion: pathlib.Path | None = None
     test = record["metrics"]["test"]
     if test is not None and "confusion" in test:
         confusion = folder.path / "confusion.png"
         draw_confusion(test["confusion"], record["data"]["labels"], confusion)
-    write_report(record, folder.path / "report.html", recipe=text, errors=mistakes, curves=curves, confusion=confusion)
+    write_report(
+        record,
+        folder.path / "report.html",
+        recipe=text,
+        errors=mistakes,
+        curves=curves,
+        confusion=confusion,
+        memory=timeline,
+    )
     write_model_card(record, folder.path / "README.md", recipe=text)
     write_run_record(record, folder.result)
 

@@ -71,7 +71,20 @@ RECORD: RunRecord = {
         },
     },
     "timing": {"train_seconds": 251.3, "total_seconds": 290.2, "tokens_per_second": 812.4},
-    "memory": {"peak_bytes": 1_502_341_120, "kind": "resident set", "shortage": []},
+    "memory": {
+        "kind": "resident set",
+        "peak_bytes": 1_502_341_120,
+        "predicted_bytes": 1_480_000_000,
+        "predicted": {"weights": 980_000_000, "gradients": 0, "framework": 500_000_000},
+        "allocated_bytes": 0,
+        "reserved_bytes": 0,
+        "rss_bytes": 1_502_341_120,
+        "phases": [
+            {"name": "load", "time": 100.0, "seconds": 4.0, "allocated": 0, "reserved": 0, "rss": 900_000_000},
+            {"name": "train", "time": 104.5, "seconds": 20.0, "allocated": 0, "reserved": 0, "rss": 1_502_341_120},
+        ],
+        "shortage": [],
+    },
     "prefix_cache": None,
     "environment": {
         "python": "3.11.4",

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from toolkit.report.curves import BEST, TRAIN, VALIDATION, draw_confusion, draw_curves
+from toolkit.report.curves import BEST, TRAIN, VALIDATION, draw_confusion, draw_curves, draw_memory
+from toolkit.report.run_record import RunRecord
 
 
 def history(steps: int = 60) -> list[dict[str, Any]]:
@@ -89,3 +90,15 @@ def test_many_labels_and_an_empty_row(tmp_path: pathlib.Path) -> None:
     draw_confusion(np.eye(40, dtype=int).tolist(), [f"label {i}" for i in range(40)], tmp_path / "m.png")
     draw_confusion([[0, 0], [1, 1]], ["a", "b"], tmp_path / "e.png")
     assert size(tmp_path / "m.png")[0] > size(tmp_path / "e.png")[0]
+
+
+def test_memory_over_time(record: RunRecord, tmp_path: pathlib.Path) -> None:
+    memory = record["memory"]
+    lines = [{"step": 1, "time": at, "memory": {"allocated": 0, "rss": 1_400_000_000}} for at in (110.0, 115.0)]
+    draw_memory(memory, [*lines, {"step": 2, "validation": {}}], tmp_path / "all.png")
+    for colour in (BEST, TRAIN, VALIDATION):
+        assert pixels(tmp_path / "all.png", colour) > 200
+    # Lines of an earlier process of the run, and no prediction: neither is drawn.
+    draw_memory({**memory, "predicted_bytes": None}, [{**lines[0], "time": 99.0}], tmp_path / "phases.png")
+    assert pixels(tmp_path / "phases.png", VALIDATION) > 200
+    assert pixels(tmp_path / "phases.png", TRAIN) == pixels(tmp_path / "phases.png", BEST) == 0

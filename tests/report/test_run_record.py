@@ -19,6 +19,12 @@ def test_round_trip(record: RunRecord, tmp_path: pathlib.Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
+def test_a_record_from_before_there_was_a_prediction_is_read(record: RunRecord, tmp_path: pathlib.Path) -> None:
+    write_run_record({**record, "memory": {"peak_bytes": 7, "kind": "resident set"}}, tmp_path / "result.json")  # type: ignore[typeddict-item]
+    memory = read_run_record(tmp_path / "result.json")["memory"]
+    assert (memory["peak_bytes"], memory["rss_bytes"], memory["predicted_bytes"], memory["phases"]) == (7, 7, None, [])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

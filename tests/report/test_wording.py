@@ -64,3 +64,11 @@ def test_summary(record: RunRecord) -> None:
 def test_majority_share() -> None:
     assert wording.majority_share({"a": 3, "b": 1}) == 0.75
     assert wording.majority_share({}) == 0.0
+
+
+def test_the_measured_peak_stands_beside_the_predicted_one(record: RunRecord):
+    memory = record["memory"]
+    assert wording.memory_sentence(memory) == (
+        "peak memory 1.40 GiB (all memory of the process), predicted 1.38 GiB (-1.5%)"
+    )
+    assert wording.memory_sentence({**memory, "predicted_bytes": None}).endswith("; not predicted")

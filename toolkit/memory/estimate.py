@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from toolkit.config.schema import QuantizationSettings, TrainingSettings
 from toolkit.memory.dryrun import DryRun
+from toolkit.memory.framework import kept_free
 from toolkit.memory.layers import FULL
 from toolkit.memory.microbatch import MicroBatch, Setting
 from toolkit.memory.prefix_rule import BYTES
 from toolkit.memory.shape import ModelShape
-from toolkit.memory.tape import Tape
+from toolkit.memory.tape import STEADY, Tape
 
 PARTS = (
     "weights",
@@ -25,6 +26,7 @@ PARTS = (
     "logits",
     "batch",
     "workspace",
+    "allocator",
     "framework",
 )
 ACTIVATIONS = ("embeddings", "attention", "mlp", "head")
@@ -55,8 +57,8 @@ class Estimate:
 
     @property
     def allocated_bytes(self) -> int:
-        """The peak without the framework; on CUDA ``torch.cuda.max_memory_allocated``."""
-        return self.peak_bytes - self.breakdown["framework"]
+        """What tensors take at the peak; on CUDA ``torch.cuda.max_memory_allocated``."""
+        return self.peak_bytes - self.breakdown["framework"] - self.breakdown["allocator"]
 
 
 def estimate(
@@ -125,12 +127,14 @@ def estimate(
         if learns:
             tape.backward(loss)
         moment = f"{name}, {tape.peak_moment}"
-        found.append(Estimate(_breakdown(tape, framework), moment, batch.tokens, batch.rows))
+        found.append(Estimate(_breakdown(tape, framework, device=device), moment, batch.tokens, batch.rows))
     return max(found, key=lambda one: one.peak_bytes)
 
 
-def _breakdown(tape: Tape, framework: int) -> dict[str, int]:
+def _breakdown(tape: Tape, framework: int, *, device: str) -> dict[str, int]:
     held = {(f"activations: {part}" if part in ACTIVATIONS else part): size for part, size in tape.at_peak.items()}
+    passing = sum(size for part, size in tape.at_peak.items() if part not in STEADY)
+    held["allocator"] = kept_free(device, passing=passing, gone=tape.most_passing - passing)
     held["framework"] = framework
     return {part: held.get(part, 0) for part in PARTS}
 

@@ -10,6 +10,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+# Parts that outlive a pass.
+STEADY = ("weights", "quantisation state", "gradients", "optimizer")
+
 
 @dataclass
 class Storage:
@@ -60,6 +63,7 @@ class Tape:
         accumulating: Gradients of earlier micro-batches exist already; new ones are added to them and freed.
         parts: Bytes held now, by part.
         peak: The most bytes held at once.
+        most_passing: The most bytes held at once that end with the pass: all but ``STEADY``.
         at_peak: What they were.
     """
 
@@ -67,6 +71,7 @@ class Tape:
     parts: Counter[str] = field(default_factory=Counter)
     held: int = 0
     peak: int = 0
+    most_passing: int = 0
     at_peak: Counter[str] = field(default_factory=Counter)
     moment: str = ""
     peak_moment: str = ""
@@ -99,6 +104,8 @@ class Tape:
         self._note(size)
 
     def _note(self, workspace: int) -> None:
+        passing = self.held - sum(self.parts[part] for part in STEADY) + workspace
+        self.most_passing = max(self.most_passing, passing)
         if self.held + workspace > self.peak:
             self.peak, self.peak_moment = self.held + workspace, self.moment
             self.at_peak = Counter({part: size for part, size in self.parts.items() if size})

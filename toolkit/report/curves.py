@@ -1,4 +1,4 @@
-"""Curves of a run and its confusion matrix, as PNG files."""
+"""Curves of a run, its confusion matrix and its memory over time, as PNG files."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import pathlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from toolkit.durable import write_file_atomically
+from toolkit.report.run_record import MemoryRecord, PhaseRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 INK, FAINT, GRID = "#1f2933", "#6b7785", "#e4e7eb"
 TRAIN, VALIDATION, SECOND, BEST = "#2f6fb0", "#d1495b", "#3d8361", "#b7791f"
 LARGEST_WITH_NUMBERS = 12
+MIB = 2**20
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -101,6 +103,54 @@ def draw_confusion(confusion: Sequence[Sequence[int]], labels: Sequence[str], pa
         panel.spines[:].set_visible(False)
         if len(names) <= LARGEST_WITH_NUMBERS:
             _write_cells(panel, counts, shares)
+
+
+def draw_memory(memory: MemoryRecord, history: History, path: pathlib.Path) -> None:
+    """Draw the peak of each phase over time, what was held at each log line, and the predicted peak.
+
+    Args:
+        memory: Of result.json; it has phases.
+        history: Lines of metrics.jsonl; those of an earlier process of a resumed run are left out.
+        path: The PNG to write.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    counted: Literal["allocated", "rss"] = "allocated" if memory["kind"] == "cuda allocated" else "rss"
+    phases = memory["phases"]
+    start = phases[0]["time"]
+    with _figure(path, columns=1, title="", size=(8.6, 3.7)) as (panel,):
+        for place, phase in enumerate(phases):
+            begin, peak = phase["time"] - start, phase[counted] / MIB
+            ends = [begin, begin + phase["seconds"]]
+            panel.axvspan(*ends, color=GRID, alpha=0.55 if place % 2 else 0.25, lw=0)
+            panel.plot(ends, [peak, peak], color=VALIDATION, lw=2.2, label=None if place else "peak of the phase")
+        held = [(line["time"] - start, line["memory"][counted] / MIB) for line in history if "memory" in line]
+        held = [point for point in held if point[0] >= 0]
+        if held:
+            panel.plot(*zip(*held, strict=True), color=TRAIN, lw=1.4, marker="o", ms=3, label="held at a log line")
+        if memory["predicted_bytes"] is not None:
+            panel.axhline(memory["predicted_bytes"] / MIB, color=BEST, lw=1.4, ls="--", label="predicted peak")
+        panel.set_ylim(bottom=0)
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        _name_phases(panel, phases, start=start)
+        panel.set_ylabel("memory (MiB)", color=FAINT)
+        panel.set_xlabel("seconds", color=FAINT)
+        panel.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
+
+
+def _name_phases(panel: Axes, phases: Sequence[PhaseRecord], *, start: float) -> None:
+    """Write each phase's name above its band; short ones lean over, none stands on its neighbour."""
+    whole = phases[-1]["time"] + phases[-1]["seconds"] - start
+    free = -1.0
+    for phase in phases:
+        middle = (phase["time"] - start + phase["seconds"] / 2) / max(whole, 1e-9)
+        place = max(middle, free)
+        free = place + 0.028
+        panel.text(
+            place * whole, 1.02, phase["name"], transform=panel.get_xaxis_transform(), rotation=30, fontsize=8,
+            color=FAINT, ha="left", va="bottom",
+        )  # fmt: skip
 
 
 def _draw_loss(panel: Axes, history: History, evaluations: Sequence[tuple[int, Mapping[str, Any]]]) -> None:

@@ -29,6 +29,7 @@ def write_report(
     errors: Sequence[ErrorExample] = (),
     curves: pathlib.Path | None = None,
     confusion: pathlib.Path | None = None,
+    memory: pathlib.Path | None = None,
 ) -> None:
     """Write the report; images are embedded, so the file can be moved or mailed.
 
@@ -39,11 +40,12 @@ def write_report(
         errors: Wrong predictions on the test part, surest first.
         curves: PNG that ``draw_curves`` wrote.
         confusion: PNG that ``draw_confusion`` wrote.
+        memory: PNG that ``draw_memory`` wrote.
 
     Raises:
         OSError: If an image cannot be read or the report not written.
     """
-    images = {"curves": _inline(curves), "confusion": _inline(confusion)}
+    images = {"curves": _inline(curves), "confusion": _inline(confusion), "timeline": _inline(memory)}
     page = render("report.html.j2", record=record, recipe=recipe, extra={"errors": list(errors), **images})
     write_file_atomically(path, page)
 

@@ -15,8 +15,9 @@ from toolkit.errors import OutputError, Problem
 class MetricsLog:
     """The log of one run.
 
-    A log line holds ``step``, ``epoch``, ``loss``, ``learning_rate`` and what else the trainer measures; an evaluation
-    line holds ``step`` and ``validation: {loss, accuracy, f1_macro}``.
+    A log line holds ``step``, ``epoch``, ``loss``, ``learning_rate``, ``memory: {allocated, reserved, rss}`` and what
+    else the trainer measures; an evaluation line holds ``step`` and ``validation: {loss, accuracy, f1_macro}``; at the
+    end, a line for each phase holds ``step`` and ``phase``, as in result.json.
 
     Args:
         path: The file; made at the first line.
