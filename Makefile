@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench soak schema install-demo install-dev clean
+.PHONY: demo test lint bench memory soak schema install-demo install-dev clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml scripts/train.py recipes/gpt2_lora.yaml
@@ -26,7 +26,12 @@ bench: $(VENV)/dev.installed
 	$(BIN)/python benchmarks/tokenizing.py
 	$(BIN)/python benchmarks/merging.py --size small --rounds 3
 	$(BIN)/python benchmarks/merging.py --size xl
-	$(BIN)/python benchmarks/table.py
+	$(BIN)/python benchmarks/table.py performance
+
+# About twenty minutes on two cores with nothing else running.
+memory: $(VENV)/dev.installed
+	$(BIN)/python benchmarks/memory_plan.py
+	$(BIN)/python benchmarks/table.py memory
 
 # Every promise in its full number, and the peer on the same cases: some 40 minutes of processor time.
 soak: $(VENV)/dev.installed

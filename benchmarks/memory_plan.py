@@ -8,7 +8,7 @@ which finds Adam's state, is the largest of the run. Every figure comes from a p
 
 - predicted: ``toolkit plan --json --device cpu``, with the seconds of a core that the command took;
 - allocated: the events of torch's CPU allocator, counted again from the tensors alive when training begins;
-- resident: ``memory.peak_bytes`` of result.json, the peak resident set until training ends, and the peaks of its phases;
+- resident: ``memory.peak_bytes`` of result.json, the peak resident set until training ends, and that of each phase;
 - the peer's two figures around ``Trainer.train``, its batches padded to their longest row: allocated by the same code,
   resident as the process's peak until training ends.
 

@@ -1,16 +1,19 @@
-"""Writes docs/performance.md from benchmarks/results/*.json.
+"""Writes docs/performance.md or docs/memory.md from benchmarks/results/*.json.
 
-python benchmarks/table.py
+python benchmarks/table.py performance|memory
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import sys
 from typing import Any
 
+from memory_page import memory_page
+
 HERE = pathlib.Path(__file__).parent
-PAGE = HERE.parent / "docs" / "performance.md"
+DOCS = HERE.parent / "docs"
 # Question, result, and what was aimed at: times the peer's defaults, times the best-tuned peer.
 ROWS = (
     ("LoRA (c_attn, r 16), GPT-2, short texts", "training_lora_gpt2_short", 5, 1.5),
@@ -121,23 +124,27 @@ def merging_table() -> str:
     return MERGING + "\n".join(lines) + "\n" if lines else ""
 
 
-def main() -> None:
+def machine_line(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    libraries = ", ".join(f"{library} {machine[library]}" for library in ("torch", "transformers", "peft"))
+    return f"{machine['cpu']}, {machine['cores']} cores, {libraries}, {record['date'][:10]}"
+
+
+def performance_page() -> str:
     machines = set()
     lines, shares = [], []
     for question, name, defaults, tuned in ROWS:
         record = load(name)
         if record is None:
             continue
-        machine = record["machine"]
-        libraries = ", ".join(f"{library} {machine[library]}" for library in ("torch", "transformers", "peft"))
-        machines.add(f"{machine['cpu']}, {machine['cores']} cores, {libraries}, {record['date'][:10]}")
+        machines.add(machine_line(record))
         for arm, ratio in record["ratio_to_defaults"].items():
             aim = f"{defaults} x / {tuned:g} x"
             lines.append(f"| {question} | {arm} | {cell(ratio)} | {cell(record['ratio_to_tuned'][arm])} | {aim} |")
         for arm, share in record.get("share_of_peak", {}).items():
             shares.append(f"| {question} | {arm} | {100 * share['median']:.0f} % |")
     head = HEAD.format(machine="Machine: " + "; ".join(sorted(machines)) + ".")
-    page = (
+    return (
         head
         + "\n".join(lines)
         + "\n"
@@ -149,9 +156,11 @@ def main() -> None:
         + tokenizing_table()
         + merging_table()
     )
-    PAGE.write_text(page, encoding="utf-8")
-    print(page)
 
 
 if __name__ == "__main__":
-    main()
+    [name] = sys.argv[1:]
+    memory = load("memory_plan")
+    page = memory_page(memory, machine_line(memory)) if name == "memory" and memory else performance_page()
+    (DOCS / f"{name}.md").write_text(page, encoding="utf-8")
+    print(page)

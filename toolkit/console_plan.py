@@ -49,7 +49,10 @@ def _breakdown(breakdown: dict[str, int], *, total: int) -> Table:
 
 
 def _changes(changes: tuple[Change, ...]) -> Table:
-    table = Table("change", "was", "saves", "time", "result", box=None)
+    table = Table(box=None)
+    for name in ("change", "was", "saves", "time", "result"):
+        # A setting is there to be copied: it goes on in the next line instead of ending in dots.
+        table.add_column(name, overflow="fold")
     for change in changes:
         sign = "" if change.saves_bytes >= 0 else "-"
         table.add_row(

@@ -1,0 +1,171 @@
+"""The text of docs/memory.md: predicted beside measured, and what the planner says of model sizes and of an example."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from toolkit.config.schema import Recipe
+from toolkit.memory.estimate import estimate, resident
+from toolkit.memory.microbatch import MicroBatch
+from toolkit.memory.shape import model_shape
+
+MIB = 2**20
+# Width, blocks and heads, as on the models' cards on the hub; the smaller family in its own spelling.
+SIZES: dict[str, dict[str, Any]] = {
+    "distilbert-base": {"model_type": "distilbert", "vocab_size": 30522, "max_position_embeddings": 512, "dim": 768,
+                        "hidden_dim": 3072, "n_layers": 6, "n_heads": 12},
+    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12},
+    "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
+    "gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20},
+    "gpt2-xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25},
+}  # fmt: skip
+GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
+# 8 texts, 61 tokens on average, the longest with 128.
+LENGTHS = [128, 96, 80, 61, 48, 35, 24, 16]
+
+HEAD = """# Memory
+
+Made by `make memory` from `benchmarks/results/memory_plan.json`, which names its machine and date, and from the
+planner's own arithmetic. The first lines of `benchmarks/memory_plan.py` say how each figure was taken.
+
+{machine}
+
+## How to read a plan
+
+`toolkit plan RECIPE` reads the recipe, the base's config.json and the lengths of your texts; no weight is loaded
+and no GPU is needed. It walks through the largest micro-batch of the run, operation by operation, and takes and
+gives back bytes as PyTorch does. What it prints is what was held at the highest moment:
+
+| line | what it is | what makes it smaller |
+|---|---|---|
+| weights | what the model holds; blocks and embeddings that stay on disk do not count | a smaller base, quantization |
+| quantisation state | scales beside 8- or 4-bit codes | |
+| gradients, optimizer | one and two floats a trained weight | a method that trains less; `adamw_8bit`, `sgd` |
+| activations | what the backward pass will read | smaller batches, `gradient_checkpointing`, `max_length` |
+| logits, batch | the head's output, token ids, kept states | |
+| workspace | gradients on their way, unpacked weights | smaller batches |
+| allocator | memory that is free in the heap's hands and not given back (CPU) | |
+| framework | Python, torch, the libraries | |
+
+The first nine are tensors (`allocated_bytes` in `--json`), all together are the process (`peak_bytes`). With
+`--budget` the changes are listed one by one with what each saves and costs; where nothing fits, the last lines say
+what would. `result.json` repeats it after the run: `memory.peak_bytes` is measured, `memory.predicted_bytes` is the
+plan's figure of the same thing, named by `memory.kind`. On a CPU that is the resident set up to the end of
+training, with the framework's share as the process itself found it; on CUDA it is what the allocator handed out,
+without the driver's own share. `rss_bytes` is the resident set of the whole run, `phases` the peaks of tokenise,
+load, frozen blocks, train, evaluate and export; `report.html` draws them.
+"""
+MEASURED = """
+## Predicted and measured
+
+Full-size models with random weights, real training steps, in MiB. "tensors" is what torch's allocator handed out,
+"process" the resident set. The peer is the Trainer of transformers with peft on the same rows, padded to the longest of
+the batch; its figures were taken by the same code. Batches are rows x longest text.
+
+| recipe | batch | tensors: predicted | measured | error | peer | process: predicted | measured | error | peer |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+REST = """
+## From a 4 GB card and ten thousand texts to a running training
+
+1. Write a recipe: your table as `data.source`, a base, `method: {name: full}` if that is what you would like best.
+2. `toolkit plan recipe.yaml --device cuda --budget 4GiB`. It reads all texts, so it knows how long the longest
+   batch will be. If the recipe fits as written, start. If it fits with changes, `--write small.yaml` writes them
+   down: the batch is cut into micro-batches of the same sum before anything is changed that alters the arithmetic.
+3. If nothing fits, the last lines name the next rung that does: LoRA, then the last block, then the head, or
+   shorter texts.
+4. `toolkit train small.yaml`. At the end it prints the measured peak beside the predicted one.
+5. If the card has other tenants, plan with what is free, not with what is printed on the box.
+
+On a machine without a GPU the same holds with `--device cpu` and the memory you have. There, `last_n` and `head` need
+least by far: frozen blocks are read from disk one by one and run once.
+
+## Not measured yet
+
+Anything on a GPU: the figures of `--device cuda` are the same arithmetic with CUDA's kernels, never compared with a
+card. The 500 MiB of the driver and of cuBLAS are a guess. Several processes are not predicted.
+"""
+
+
+def memory_page(record: dict[str, Any], machine: str) -> str:
+    """Return the page."""
+    lines, errors = [], {"allocated": [], "resident": []}
+    for name, case in record["cases"].items():
+        if "toolkit" in case:
+            lines.append(case_row(name, case, errors))
+    found = ", ".join(
+        f"{what}: median {statistics.median(map(abs, errors[kind])):.1%}, largest {max(map(abs, errors[kind])):.1%}"
+        for kind, what in (("allocated", "tensors"), ("resident", "process"))
+    )
+    seconds = statistics.median(case["plan_core_seconds"] for case in record["cases"].values())
+    summary = f"\n{len(lines)} recipes. Errors, {found}. A plan took {seconds:.1f} s of a core (median).\n\n{REASONS}"
+    head = HEAD.format(machine=f"Machine: {machine}.")
+    return head + MEASURED + "\n".join(lines) + "\n" + summary + sizes_table() + REST
+
+
+REASONS = """The process is harder to predict than its tensors: how many holes glibc's heap has depends on the order in
+which it was filled. The line "allocator" is an average: half of what passes through a step on the way up, four fifths
+of what made way for gradients. A fixed `mmap_threshold` of 1 MiB leaves almost no holes (DistilBERT with LoRA: 1,050 ->
+888 MiB) and costs a fifth of a step in page faults (2.5 -> 3.0 s of a core), so it is left to you:
+`GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1048576 toolkit train recipe.yaml`.
+"""
+
+
+def case_row(name: str, case: dict[str, Any], errors: dict[str, list[float]]) -> str:
+    facts, ours, predicted = case["case"], case["toolkit"], case["predicted"]
+    cells = [name, f"{facts['batch']} x {facts['longest']}"]
+    for kind, key in (("allocated", "allocated_bytes"), ("resident", "peak_bytes")):
+        error = predicted[key] / ours[kind] - 1
+        errors[kind].append(error)
+        peer = f"{case['peer'][kind] / MIB:,.0f}" if "peer" in case else ""
+        cells += [f"{predicted[key] / MIB:,.0f}", f"{ours[kind] / MIB:,.0f}", f"{error:+.1%}", peer]
+    return "| " + " | ".join(cells) + " |"
+
+
+def sizes_table() -> str:
+    """Return what quantised weights save by the planner's own figures, for each size of model."""
+    lines = []
+    for name, config in SIZES.items():
+        whole = {**GPT2, **config} if "model_type" not in config else config
+        weights, peaks = zip(*(_figures(whole, bits) for bits in (None, 8, 4)), strict=True)
+        shown = [f"{size / MIB:,.0f}" for size in (*weights, *peaks)]
+        lines.append(f"| {name} | " + " | ".join(shown) + f" | {1 - peaks[2] / peaks[0]:.0%} |")
+    return SAVES + "\n".join(lines) + "\n" + SAVES_WORDS
+
+
+SAVES = """
+## What 8 and 4 bits save
+
+By the planner: LoRA, r 16, on a CPU, a batch of 8 texts of 61 tokens on average, in MiB. "weights" holds the embeddings
+and the scales; "peak" is of all tensors, where in full precision the token embedding stays on disk.
+
+| base | weights: fp32 | 8 bits | 4 bits | peak: fp32 | 8 bits | 4 bits | 4 bits save |
+|---|---|---|---|---|---|---|---|
+"""
+SAVES_WORDS = """
+Up to 124 M parameters there is little to gain: activations weigh as much as weights, the process carries half a GiB of
+framework in any case, and a quantised base holds its token embedding in memory. 8 bits cost DistilBERT more than they
+save: a layer keeps its input for the backward pass. From gpt2-medium up it pays. Smaller batches and checkpointing are
+exact and come first.
+"""
+
+
+def _figures(config: dict[str, Any], bits: int | None) -> tuple[int, int]:
+    """Return the bytes of the weights, and of all tensors at the peak."""
+    sections: dict[str, Any] = {"model": {"base": "x"}, "data": {"source": "y"}}
+    sections["quantization"] = None if bits is None else {"bits": bits}
+    recipe = Recipe.model_validate(sections)
+    shape = model_shape(config, recipe, labels=2)
+    held = resident(shape, training=recipe.training, quantization=recipe.quantization, device="cpu")
+    found = estimate(
+        shape,
+        batches=[MicroBatch.of(LENGTHS)],
+        evaluation=[],
+        training=recipe.training,
+        quantization=recipe.quantization,
+        device="cpu",
+        low_precision=False,
+        embedding_on_disk=bits is None,
+    )
+    return held["weights"] + held["quantisation state"], found.allocated_bytes
