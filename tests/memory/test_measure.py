@@ -42,9 +42,9 @@ def test_each_phase_has_its_own_peak(watched: MemoryWatch) -> None:
 
 
 def test_what_is_predicted_is_what_training_takes(watched: MemoryWatch) -> None:
-    record = watched.record(PREDICTED)
+    record = watched.record(PREDICTED, shortage=[])
     peaks = {phase["name"]: phase["rss"] for phase in watched.phases}
     assert record["kind"] == "resident set"
     assert record["peak_bytes"] == peaks["train"] < record["rss_bytes"] == peaks["export"]
     assert record["predicted_bytes"] == PREDICTED.peak_bytes == sum(record["predicted"].values())
-    assert watched.record(None)["predicted_bytes"] is None
+    assert watched.record(None, shortage=[])["predicted_bytes"] is None
