@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from toolkit.config.schema import QuantizationSettings, TrainingSettings
 from toolkit.memory.dryrun import DryRun
-from toolkit.memory.framework import kept_free
+from toolkit.memory.framework import holes
 from toolkit.memory.layers import FULL
 from toolkit.memory.microbatch import MicroBatch, Setting
 from toolkit.memory.prefix_rule import BYTES
 from toolkit.memory.shape import ModelShape
-from toolkit.memory.tape import STEADY, Tape
+from toolkit.memory.tape import Tape
 
 PARTS = (
     "weights",
@@ -127,14 +127,17 @@ def estimate(
         if learns:
             tape.backward(loss)
         moment = f"{name}, {tape.peak_moment}"
-        found.append(Estimate(_breakdown(tape, framework, device=device), moment, batch.tokens, batch.rows))
-    return max(found, key=lambda one: one.peak_bytes)
+        # A classifier's last block runs for one token a row, and frozen blocks without a backward pass.
+        learning = max(0, shape.layers - shape.frozen - (shape.objective == "classification"))
+        free = holes(widest=tape.widest, blocks=learning if learns else None) if device == "cpu" else 0
+        parts = _breakdown(tape, framework=framework, allocator=free)
+        found.append(Estimate(parts, moment, batch.tokens, batch.rows))
+    return max(found, key=lambda one: one.allocated_bytes)
 
 
-def _breakdown(tape: Tape, framework: int, *, device: str) -> dict[str, int]:
+def _breakdown(tape: Tape, *, framework: int, allocator: int) -> dict[str, int]:
     held = {(f"activations: {part}" if part in ACTIVATIONS else part): size for part, size in tape.at_peak.items()}
-    passing = sum(size for part, size in tape.at_peak.items() if part not in STEADY)
-    held["allocator"] = kept_free(device, passing=passing, gone=tape.most_passing - passing)
+    held["allocator"] = allocator
     held["framework"] = framework
     return {part: held.get(part, 0) for part in PARTS}
 

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-# Parts that outlive a pass.
-STEADY = ("weights", "quantisation state", "gradients", "optimizer")
+# glibc takes what is larger straight from the system and gives it straight back.
+MAPPED = 32 << 20
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Tape:
         accumulating: Gradients of earlier micro-batches exist already; new ones are added to them and freed.
         parts: Bytes held now, by part.
         peak: The most bytes held at once.
-        most_passing: The most bytes held at once that end with the pass: all but ``STEADY``.
+        widest: The largest result of an operation, or gradient of a parameter, that is at most ``MAPPED``.
         at_peak: What they were.
     """
 
@@ -71,7 +71,7 @@ class Tape:
     parts: Counter[str] = field(default_factory=Counter)
     held: int = 0
     peak: int = 0
-    most_passing: int = 0
+    widest: int = 0
     at_peak: Counter[str] = field(default_factory=Counter)
     moment: str = ""
     peak_moment: str = ""
@@ -104,8 +104,6 @@ class Tape:
         self._note(size)
 
     def _note(self, workspace: int) -> None:
-        passing = self.held - sum(self.parts[part] for part in STEADY) + workspace
-        self.most_passing = max(self.most_passing, passing)
         if self.held + workspace > self.peak:
             self.peak, self.peak_moment = self.held + workspace, self.moment
             self.at_peak = Counter({part: size for part, size in self.parts.items() if size})
@@ -138,6 +136,7 @@ class Tape:
             shared: The backward pass hands its own gradient on.
         """
         flows = bool(parameters) or any(value.needs_grad for value in inputs)
+        self._widen(size, *(parameters if flows else ()))
         result = Value(self.take(size, self.part), size, flows)
         self.touch(workspace + (0 if flows and self._recording else extra))
         if flows:
@@ -151,6 +150,9 @@ class Tape:
             receiving = tuple(value for value in inputs if value.needs_grad)
             self._nodes.append(Node(result, receiving, tuple(kept), workspace, parameters, shared))
         return result
+
+    def _widen(self, *sizes: int) -> None:
+        self.widest = max(self.widest, *(size for size in sizes if size <= MAPPED), 0)
 
     def _pin(self, values: tuple[Value, ...]) -> None:
         if not self._recording:
