@@ -104,10 +104,10 @@ def memory_page(record: dict[str, Any], machine: str) -> str:
     return head + MEASURED + "\n".join(lines) + "\n" + summary + sizes_table() + REST
 
 
-REASONS = """The process is harder to predict than its tensors: how many holes glibc's heap has depends on the order in
-which it was filled. The line "allocator" is an average: half of what passes through a step on the way up, four fifths
-of what made way for gradients. A fixed `mmap_threshold` of 1 MiB leaves almost no holes (DistilBERT with LoRA: 1,050 ->
-888 MiB) and costs a fifth of a step in page faults (2.5 -> 3.0 s of a core), so it is left to you:
+REASONS = """The process is harder to predict than its tensors: glibc's heap keeps what is free between things that
+are still needed. The line "allocator" is a rule found in these very runs: as many bytes as 17 of the widest tensors,
+fewer where only some blocks have a backward pass. A fixed `mmap_threshold` of 1 MiB leaves almost no holes (DistilBERT
+with LoRA: 1,050 -> 888 MiB) and costs a fifth of a step in page faults (2.5 -> 3.0 s of a core), so it is left to you:
 `GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1048576 toolkit train recipe.yaml`.
 """
 

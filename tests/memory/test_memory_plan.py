@@ -57,6 +57,19 @@ def test_a_budget_is_met_at_the_same_effective_batch(written):
     assert saved == free.estimate.peak_bytes - found.estimate.peak_bytes
 
 
+def test_kept_states_of_frozen_blocks_are_proposed(written):
+    recipe = load_recipe(written, ["method={name: last_n, n: 1}", "training.prefix_cache.enabled=false"])
+    smallest = plan_memory(recipe.model_copy(update={"training": recipe.training.model_copy(update={"batch_size": 1})}))
+    found = plan_memory(recipe, budget=smallest.estimate.peak_bytes - 30 * MIB, device="cpu")
+    assert found.fits
+    assert found.recipe.training.prefix_cache.enabled
+    [change] = [change for change in found.changes if "training.prefix_cache.enabled" in change.settings]
+    assert change.saves_bytes > 0
+    assert not change.exact
+    write_recipe(found, written.with_name("kept.yaml"))
+    assert load_recipe(written.with_name("kept.yaml")) == found.recipe
+
+
 def test_what_cannot_fit_is_explained(written):
     head = plan_memory(load_recipe(written, ["method={name: head}"]), device="cpu")
     found = plan_memory(load_recipe(written), budget=head.estimate.peak_bytes + 30 * MIB, device="cpu")

@@ -8,7 +8,7 @@ from typing import Any
 
 from toolkit.config.methods import HeadMethod, LastNMethod, LoraMethod, Method, leaves_adapter
 from toolkit.config.rules import broken_rules
-from toolkit.config.schema import QuantizationSettings, Recipe
+from toolkit.config.schema import PrefixCacheSettings, QuantizationSettings, Recipe
 
 # A micro-step costs as much as this many tokens more than it has. CPU: at GPT-2's width a token of 1 x 32 took x2.4
 # one of 8 x 32, one of 8 short texts x1.13 that of 32. CUDA: small models are bound by launches; a guess, not measured.
@@ -35,8 +35,8 @@ def candidates(recipe: Recipe) -> list[Recipe]:
         sizes = [training.batch_size]
     optimizers = ["adamw", "adamw_8bit"] if training.optimizer == "adamw" else [training.optimizer]
     found = []
-    for size, checkpointing, optimizer, quantization in itertools.product(
-        sizes, (False, True), optimizers, _quantizations(recipe)
+    for size, checkpointing, optimizer, quantization, cache in itertools.product(
+        sizes, (False, True), optimizers, _quantizations(recipe), _prefix_caches(recipe)
     ):
         changed = with_training(
             recipe,
@@ -44,6 +44,7 @@ def candidates(recipe: Recipe) -> list[Recipe]:
             gradient_accumulation_steps=effective // size,
             gradient_checkpointing=checkpointing,
             optimizer=optimizer,
+            prefix_cache=cache,
         ).model_copy(update={"quantization": quantization})
         if not broken_rules(changed):
             found.append(changed)
@@ -53,7 +54,17 @@ def candidates(recipe: Recipe) -> list[Recipe]:
 def losses(recipe: Recipe, candidate: Recipe) -> int:
     """Return how many of a candidate's changes alter the arithmetic beyond rounding."""
     optimizer = candidate.training.optimizer != recipe.training.optimizer
-    return optimizer + (candidate.quantization != recipe.quantization)
+    cached = candidate.training.prefix_cache != recipe.training.prefix_cache
+    return optimizer + cached + (candidate.quantization != recipe.quantization)
+
+
+def _prefix_caches(recipe: Recipe) -> list[PrefixCacheSettings]:
+    """Return the recipe's cache, and where it is off and blocks are frozen, the same switched on."""
+    current = recipe.training.prefix_cache
+    freezes = recipe.method.name in ("head", "last_n") or (
+        isinstance(recipe.method, LoraMethod) and recipe.method.layers != "all"
+    )
+    return [current, current.model_copy(update={"enabled": True})] if freezes and not current.enabled else [current]
 
 
 def _quantizations(recipe: Recipe) -> list[QuantizationSettings | None]:

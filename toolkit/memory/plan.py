@@ -89,7 +89,8 @@ def plan_memory(recipe: Recipe, *, budget: int | str | None = None, device: str 
     """Predict the peak memory of training a recipe, without loading a weight.
 
     With a budget, the fastest settings of the same effective batch that fit are looked for: micro-batch and
-    accumulation, checkpointing, and, only where these do not suffice, 8-bit optimizer state and quantised weights.
+    accumulation, checkpointing, and, only where these do not suffice, kept states of frozen blocks, 8-bit optimizer
+    state and quantised weights.
 
     Args:
         recipe: From ``load_recipe``.
@@ -137,6 +138,12 @@ class _Planner:
                 continue
             changed = with_training(current, **new)
             yield self._change(current, changed, new, old, peak, prefix="training.")
+            current, peak = changed, self.predict(changed).peak_bytes
+        if chosen.training.prefix_cache != recipe.training.prefix_cache:
+            changed = with_training(current, prefix_cache=chosen.training.prefix_cache)
+            yield self._change(
+                current, changed, {"enabled": True}, {"enabled": False}, peak, prefix="training.prefix_cache."
+            )
             current, peak = changed, self.predict(changed).peak_bytes
         if chosen.quantization != recipe.quantization:
             assert chosen.quantization is not None
