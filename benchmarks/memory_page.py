@@ -85,7 +85,7 @@ least by far: frozen blocks are read from disk one by one and run once.
 
 Anything on a GPU: the figures of `--device cuda` are the same arithmetic with CUDA's kernels, never compared with a
 card. The 500 MiB of the driver and of cuBLAS are a guess. Several processes are not predicted, nor is the moment when a
-quantised base is loaded: its full-precision file is mapped and read once, and until that is done the process holds both.
+quantised base is loaded: its full-precision file is mapped and read once; until that is done the process holds both.
 For a model of GPT-2's size on a CPU that can be more than a small batch needs later; `phases` in result.json shows it.
 """
 
@@ -103,7 +103,10 @@ def memory_page(record: dict[str, Any], machine: str) -> str:
     seconds = statistics.median(
         case["plan_core_seconds"] for case in record["cases"].values() if "plan_core_seconds" in case
     )
-    summary = f"\n{len(lines)} of the 24 recipes of the benchmark are measured so far. Errors, {found}. A plan took {seconds:.1f} s of a core (median).\n\n{REASONS}"
+    summary = (
+        f"\n{len(lines)} of the 24 recipes of the benchmark are measured so far. Errors, {found}. "
+        f"A plan took {seconds:.1f} s of a core (median).\n\n{REASONS}"
+    )
     head = HEAD.format(machine=f"Machine: {machine}.")
     return head + MEASURED + "\n".join(lines) + "\n" + summary + sizes_table() + REST
 
