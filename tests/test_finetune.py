@@ -459,6 +459,42 @@ def test_a_token_embedding_that_stays_on_disk_changes_no_bit(recipe_file, tmp_pa
     assert stored["parameters"] == whole["parameters"]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_an_optimizer_in_the_backward_pass_changes_no_bit(recipe_file, tmp_path, family, optimizer):
+    path = recipe_file(family, "method: {name: full}")
+    common = [
+        "training.gradient_accumulation_steps=1", "training.max_grad_norm=null", f"training.optimizer={optimizer}",
+    ]  # fmt: skip
+    runs = {name: tmp_path / name for name in ("after", "inside", "resumed")}
+    for name, value in {"after": "false", "inside": "true"}.items():
+        finetune(load_recipe(path, [*common, f"output.dir={runs[name]}", f"training.optimizer_in_backward={value}"]))
+    assert same_weights(runs["inside"] / "model", runs["after"] / "model")
+    assert losses(runs["inside"]) == losses(runs["after"])
+    shutil.copytree(runs["inside"], runs["resumed"])
+    unfinish(runs["resumed"])
+    finetune(load_recipe(path, [*common, f"output.dir={runs['resumed']}", "training.optimizer_in_backward=true"]))
+    assert same_weights(runs["resumed"] / "model", runs["after"] / "model")
+
+
+def test_an_optimizer_in_the_backward_pass_stops_before_it_updates_by_a_loss_that_is_none(recipe_file, tmp_path):
+    overrides = [
+        "training.gradient_accumulation_steps=1", "training.max_grad_norm=null", "training.optimizer_in_backward=true",
+        "training.learning_rate=1e12", "training.optimizer=sgd", "output.save_every=1",
+    ]  # fmt: skip
+    with pytest.raises(DivergedError, match="training diverged"):
+        finetune(load_recipe(recipe_file("gpt2", "method: {name: full}"), overrides))
+    for file in (tmp_path / "run" / "checkpoints").glob("*/trainable.safetensors"):
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in load_file(file).values())
+
+
+def unfinish(run: Path) -> None:
+    """Take a run's record and its newest checkpoint away."""
+    (run / "result.json").unlink()
+    newest = max((run / "checkpoints").iterdir(), key=lambda one: int(one.name.removeprefix("step-")))
+    shutil.rmtree(newest)
+
+
 def test_states_that_may_not_be_kept_are_computed_in_every_epoch(recipe_file):
     record = finetune(
         load_recipe(recipe_file("gpt2", "method: {name: last_n}"), ["training.prefix_cache.max_gib=1e-9"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile
 
 from toolkit.adapters.apply import apply_method
@@ -15,6 +16,7 @@ from toolkit.data.tokens import TokenTable
 from toolkit.families import FAMILIES
 from toolkit.memory.prefix_cache import DTYPES, PrefixCache
 from toolkit.models.forward import CLASSIFIERS, checkpoint_activations, unwrapped
+from toolkit.training.in_backward import InBackward
 from toolkit.training.objectives import ClassificationObjective
 from toolkit.training.optim import build_optimizer
 
@@ -94,9 +96,13 @@ def measure(
     def forward(rows: np.ndarray) -> torch.Tensor:
         return objective(objective.batch(rows, step=0))
 
+    inside = checked_in_backward(recipe, trained, optimizer)
+
     def step() -> None:
         for rows in micro_batches:
             forward(rows).backward()
+        if inside:
+            return
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -111,6 +117,13 @@ def measure(
     saved = sum(event.nbytes() for event in _events(seen))
     del loss
     return Measured(held=held, peak=held + peak, saved=saved, trainable=sum(p.numel() for p in trained))
+
+
+def checked_in_backward(recipe: Recipe, trained: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
+    """Hook the optimizer into the backward pass where the recipe says so; return whether it does."""
+    if recipe.training.optimizer_in_backward:
+        InBackward(trained, optimizer, Accelerator(cpu=True))
+    return recipe.training.optimizer_in_backward
 
 
 def _held(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:

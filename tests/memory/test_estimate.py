@@ -59,6 +59,30 @@ def test_a_step_needs_what_was_predicted(recipe, family, method, rows, checkpoin
 
 
 @pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+def test_gradients_that_are_used_at_once_do_not_add_up(recipe, family):
+    # So few tokens that gradients, not activations, make the peak.
+    config, few = CONFIGS[family], [5, 3]
+    settings = {"optimizer_in_backward": True, "max_grad_norm": None}
+    checked = recipe(FULL, **settings)
+    plain = recipe(FULL)
+    real = measure(config, checked, few)
+    predicted, usual = (
+        estimate(
+            model_shape(config, one, labels=2),
+            batches=[MicroBatch.of(few)],
+            evaluation=[],
+            training=one.training,
+            quantization=None,
+            device="cpu",
+            low_precision=False,
+        )
+        for one in (checked, plain)
+    )
+    assert predicted.allocated_bytes == pytest.approx(real.peak, rel=TOLERANCE)
+    assert predicted.allocated_bytes < 0.9 * usual.allocated_bytes
+
+
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
 # With one block's adapters alone in memory, the pass over the frozen blocks is the peak, which no step shows.
 @pytest.mark.parametrize(
     ("method", "streamed"), [(LAST, False), (TOP, False), (LAST, True)], ids=["last_n", "lora", "last_n_streamed"]

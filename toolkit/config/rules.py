@@ -57,6 +57,24 @@ RULES = (
         "set one and leave the other null",
     ),
     Rule(
+        ("training", "optimizer_in_backward"),
+        lambda r: r.training.optimizer_in_backward and r.training.max_grad_norm is not None,
+        "clipping needs the norm of all gradients before the first update",
+        "training.max_grad_norm: null beside it",
+    ),
+    Rule(
+        ("training", "optimizer_in_backward"),
+        lambda r: r.training.optimizer_in_backward and r.training.gradient_accumulation_steps > 1,
+        "an update after every micro-step is another training",
+        "training.gradient_accumulation_steps: 1 beside it",
+    ),
+    Rule(
+        ("training", "optimizer_in_backward"),
+        lambda r: r.training.optimizer_in_backward and isinstance(r.method, GradualMethod | AdaloraMethod),
+        "gradual wakes parameters later, and adalora reads all gradients after a step",
+        "another method, or false",
+    ),
+    Rule(
         ("data", "source"),
         lambda r: r.data.source is None and r.data.train is None,
         "no data",

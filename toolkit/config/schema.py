@@ -125,6 +125,11 @@ class TrainingSettings(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute each block in the backward pass: less memory, about 30 % more time."
     )
+    optimizer_in_backward: bool = Field(
+        default=False,
+        description="Update each weight as soon as its gradient is there, and let that go: the same steps without a "
+        "copy of all that trains in gradients. Needs max_grad_norm: null and one micro-step.",
+    )
     gemm: Literal["auto", "default", "onednn"] = Field(
         default="auto",
         description="Library of fp32 matrix products on a CPU: torch's default, oneDNN, or the one measured faster.",

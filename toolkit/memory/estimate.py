@@ -101,7 +101,8 @@ def estimate(
     for name, given, below in passes + [("frozen blocks", batch, 0) for batch in prefix]:
         batch = given.padded(shape.prefix) if shape.prefix else given
         learns = name == "training"
-        tape = Tape(accumulating=accumulating)
+        # Gradients that are added to others, or used at once, do not stay.
+        tape = Tape(accumulating=accumulating or training.optimizer_in_backward)
         held = resident(shape, training=training, quantization=quantization, device=device)
         if kept and streamed:
             held["weights"] -= on_disk(shape, blocks=shape.frozen - (name == "frozen blocks"))

@@ -60,7 +60,7 @@ class Tape:
     """Counts bytes while operations run.
 
     Attributes:
-        accumulating: Gradients of earlier micro-batches exist already; new ones are added to them and freed.
+        accumulating: Gradients of parameters are freed at once: added to those of earlier micro-batches, or used.
         parts: Bytes held now, by part.
         peak: The most bytes held at once.
         widest: The largest result of an operation, or gradient of a parameter, that is at most ``MAPPED``.

@@ -23,6 +23,7 @@ from toolkit.models.forward import checkpoint_activations
 from toolkit.parameters import trained_parameters
 from toolkit.runtime import held_memory, is_out_of_memory, memory_errors, return_freed_memory
 from toolkit.training.checkpoint import Checkpoint, load_best, rotate, save_checkpoint, steps_on_disk
+from toolkit.training.in_backward import InBackward
 from toolkit.training.observer import Observer, StepRecord
 from toolkit.training.optim import learning_rate
 from toolkit.training.plan import Rows, StepPlan
@@ -75,6 +76,8 @@ class Trainer:
         self._evaluate, self._observer = evaluate, observer
         self._schedule = schedule or MethodSchedule()
         self._trained = [parameter for _, parameter in trained_parameters(self.model)]
+        in_backward = recipe.training.optimizer_in_backward
+        self._in_backward = InBackward(self._trained, optimizer, accelerator) if in_backward else None
         self._signals = StopSignals(accelerator)
         self.progress = Progress()
 
@@ -112,16 +115,17 @@ class Trainer:
     def _step(self, step: int) -> float:
         """Take one optimizer step over a global batch and return its mean loss."""
         self._schedule.before_step(epoch=self.plan.locate(step)[0], stalls=self.progress.stalls)
-        loss, tokens = self._gradients(step)
-        loss = self._total(loss)
-        self._check_finite(loss, "loss", step)
-        self._grad_norm = self._clip()
-        if self.accelerator.scaler is None:
-            self._check_finite(self._grad_norm, "gradient norm", step)
         self._rate = learning_rate(step, total=self.plan.total_steps, settings=self.recipe.training)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate * group["rate_scale"]
-        self.optimizer.step()
+        loss, tokens = self._gradients(step)
+        loss = self._total(loss)
+        self._check_finite(loss, "loss", step)
+        self._grad_norm = self._clip() if self._in_backward is None else self._in_backward.take_norm()
+        if self.accelerator.scaler is None:
+            self._check_finite(self._grad_norm, "gradient norm", step)
+        if self._in_backward is None:
+            self.optimizer.step()
         self._schedule.after_step(step + 1)
         self.optimizer.zero_grad()
         self._check_weights(step)
@@ -153,8 +157,9 @@ class Trainer:
                 loss += self._backward(self._to_device(batch), weight, last=index == len(batches) - 1)
             return loss, tokens
         except (RuntimeError, MemoryError) as error:
-            # The other processes of a launch wait for this one's gradients: there is no way back.
-            if self.accelerator.num_processes > 1 or not is_out_of_memory(error):
+            # The other processes of a launch wait for this one's gradients, or weights have changed: no way back.
+            forward_only = self.accelerator.num_processes > 1 or self._in_backward is not None
+            if forward_only or not is_out_of_memory(error):
                 raise
             return None
 
@@ -164,6 +169,8 @@ class Trainer:
         with synchronise:
             with self.accelerator.autocast():
                 share = self._wrapped(batch) / weight
+            if self._in_backward is not None:
+                self._check_finite(float(share.detach()), "loss", self.progress.step)
             # DDP averages gradients over processes; the mean above is already global.
             self.accelerator.backward(share * self.accelerator.num_processes)
         return float(share.detach())
