@@ -173,7 +173,7 @@ def adapted(world: Path) -> Path:
 
 def _remake_manifest(world: Path) -> None:
     base = resolve_base(ModelSettings(base=str(world / "base"), max_length=MAX_LENGTH))
-    write_manifest(world / "run" / "adapter", facts_of(base, method=LORA.model_dump(), quantization=None, lora=True))
+    write_manifest(world / "run" / "adapter", facts_of(base, method=LORA.model_dump(), quantization=None, adapter=True))
 
 
 def altered_adapters(server: Server, world: Path, *, chosen: Iterable[str] = ALTERED) -> list[Trial]:
