@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 HAM = ["are we still on for dinner tonight", "see you at the station", "call me when you are home", "ok thanks dear"]
 SPAM = ["you are a winner of a cash award", "free prize call now", "claim your reward today", "win a free phone now"]
 # Figures of the machine, not of the run.
-MEASURED = ("tokens_per_second", "memory_bytes")
+MEASURED = ("tokens_per_second", "memory", "time")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ def write_world(
 
 def curve(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
+    # A resumed run has a line more for each phase.
+    steps = [line for line in lines if "phase" not in line]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in steps]
 
 
 def newest(run: Path) -> Path:
