@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from toolkit.config.methods import leaves_adapter
 from toolkit.config.schema import Recipe
 
 MIB = 2**20
@@ -25,7 +26,7 @@ def framework_bytes(recipe: Recipe, *, device: str, found: int | None = None) ->
         device: ``cpu`` or ``cuda``.
         found: Bytes that the process held before tokens and weights were there; None takes what is usual.
     """
-    usual = FRAMEWORK[device] + (ADAPTERS if device == "cpu" and recipe.method.name == "lora" else 0)
+    usual = FRAMEWORK[device] + (ADAPTERS if device == "cpu" and leaves_adapter(recipe.method) else 0)
     return (usual if found is None or device == "cuda" else found) + LATER[device]
 
 
