@@ -116,6 +116,8 @@ are still needed. The line "allocator" is a rule found in these very runs: as ma
 fewer where only some blocks have a backward pass. A fixed `mmap_threshold` of 1 MiB leaves almost no holes (DistilBERT
 with LoRA: 1,050 -> 888 MiB) and costs a fifth of a step in page faults (2.5 -> 3.0 s of a core), so it is left to you:
 `GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1048576 toolkit train recipe.yaml`.
+
+Where a quantised recipe misses, the highest moment was the loading of the base, which the plan leaves out (see below).
 """
 
 
