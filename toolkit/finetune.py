@@ -20,7 +20,7 @@ from toolkit.config.schema import OutputSettings, Recipe
 from toolkit.data.load import LoadedData, load_data
 from toolkit.data.splits import save_split
 from toolkit.data.tokenize import load_tokenizer
-from toolkit.errors import CheckpointError, OutputError, Problem
+from toolkit.errors import CheckpointError, OutputError, Problem, RecipeError
 from toolkit.export.staging import check_space
 from toolkit.listener import SILENT, Listener
 from toolkit.models.base import Base, resolve_base
@@ -87,10 +87,14 @@ def check_fit(recipe: Recipe, data: LoadedData, base: Base) -> None:
     """Refuse what is right in the recipe, the data and the base alone, and wrong in all three together.
 
     Raises:
-        InputError: Targets or blocks that the base lacks, a prefix it cannot take, token ids outside its vocabulary,
-            or an output folder around or inside the inputs.
+        InputError: Targets or blocks that the base lacks, a prefix it cannot take, more or fewer class weights than
+            labels, token ids outside its vocabulary, or an output folder around or inside the inputs.
     """
     check_method(recipe.method, base.family, config=base.config, max_length=recipe.model.max_length)
+    weights, labels = recipe.training.loss.class_weights, data.label_map
+    if isinstance(weights, list) and labels is not None and len(weights) != len(labels.names):
+        right = f"one for each of {', '.join(labels.names[:20])}"
+        raise RecipeError(Problem("", "training.loss.class_weights", f"{len(weights)} weights", right))
     for name, part in data.parts.items():
         if part.token_ids is not None:
             where = getattr(recipe.data, name) or recipe.data.source or recipe.data.train

@@ -66,6 +66,17 @@ def test_balance_and_max_rows_come_before_the_cut(write: WriteFile) -> None:
     assert sampled.counts["train"] == {"ham": 28, "spam": 7}
 
 
+def test_oversampling_leaves_the_held_out_parts_alone(write: WriteFile) -> None:
+    path = write("a.csv", table(40, 160))
+    plain, data = load_data(DataSettings(source=path)), load_data(DataSettings(source=path, balance="oversample"))
+    assert data.counts["train"] == {"ham": 112, "spam": 112}
+    assert set(data.train.row_numbers) == set(plain.train.row_numbers)
+    for name in ("validation", "test"):
+        assert (data.parts[name].row_numbers == plain.parts[name].row_numbers).all()
+    assert data.split is not None
+    assert len(data.split.parts["train"]) == len(plain.train)
+
+
 def test_three_files_are_used_as_they_are(write: WriteFile) -> None:
     settings = DataSettings(
         train=write("a.csv", table(10, 30)),

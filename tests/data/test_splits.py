@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from toolkit.data.repeats import content_keys, first_of_groups, repeat_groups, shared_rows
 from toolkit.data.rows import Rows
-from toolkit.data.splits import Split, cut, read_split, sample, save_split, undersample
+from toolkit.data.splits import Split, cut, oversample, read_split, sample, save_split, undersample
 from toolkit.data.tokens import TokenTable
 from toolkit.errors import DataError
 
@@ -164,3 +164,15 @@ def test_a_file_that_is_no_split(tmp_path: Path) -> None:
     path.write_bytes(b"\xff{")
     with pytest.raises(DataError, match="not a split file"):
         read_split(path, a_split(), rows=3)
+
+
+def test_oversampling_repeats_rare_rows_evenly() -> None:
+    codes = np.array([0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2])
+    rows = oversample(codes, seed=3)
+    assert (np.bincount(codes[rows]) == 7).all()
+    assert (rows == np.sort(rows)).all()
+    repeats = np.bincount(rows, minlength=len(codes))
+    assert (repeats[1:8] == 1).all()
+    assert repeats[0] == 7
+    assert sorted(repeats[8:]) == [2, 2, 3]
+    assert (rows == oversample(codes, seed=3)).all()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from toolkit.config.document import Path
 from toolkit.config.methods import AdaloraMethod, GradualMethod, LoraMethod, leaves_adapter
-from toolkit.config.schema import Recipe
+from toolkit.config.schema import LossSettings, Recipe
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ def _is_variant(recipe: Recipe, variant: str) -> bool:
 
 def _bits(recipe: Recipe) -> int | None:
     return None if recipe.quantization is None else recipe.quantization.bits
+
+
+def _lists_weights(recipe: Recipe, *, other_than: int) -> bool:
+    weights = recipe.training.loss.class_weights
+    return isinstance(weights, list) and len(weights) != other_than
 
 
 RULES = (
@@ -186,6 +191,24 @@ RULES = (
         lambda r: _is_lm(r) and (r.data.balance is not None or r.data.labels is not None),
         "language_modeling has no labels",
         "leave balance and labels out",
+    ),
+    Rule(
+        ("training", "loss"),
+        lambda r: _is_lm(r) and r.training.loss != LossSettings(),
+        "language_modeling has no labels to weigh",
+        "leave loss out",
+    ),
+    Rule(
+        ("training", "loss", "label_smoothing"),
+        lambda r: r.training.loss.focal_gamma > 0 and r.training.loss.label_smoothing > 0,
+        "a focal loss looks at one label, and smoothing spreads it",
+        "label_smoothing: 0, or focal_gamma: 0",
+    ),
+    Rule(
+        ("training", "loss", "class_weights"),
+        lambda r: r.data.labels is not None and _lists_weights(r, other_than=len(r.data.labels)),
+        "the number of weights is not that of the labels",
+        "one weight for each of data.labels",
     ),
     Rule(
         ("evaluation", "metric"),

@@ -11,7 +11,7 @@ from toolkit.config.methods import HeadMethod as HeadMethod
 from toolkit.config.methods import LastNMethod as LastNMethod
 from toolkit.config.methods import LoraMethod as LoraMethod
 from toolkit.config.methods import Method as Method
-from toolkit.config.section import Fraction, Name, PositiveInt, Section, Seed
+from toolkit.config.section import Fraction, Name, PositiveFloat, PositiveInt, Section, Seed
 
 
 def _label_text(value: object) -> object:
@@ -63,8 +63,10 @@ class DataSettings(Section):
     labels: Annotated[list[Label], Field(min_length=2)] | None = Field(
         default=None, description="Label names in id order; null takes the sorted names found."
     )
-    balance: Literal["undersample"] | None = Field(
-        default=None, description="undersample: as many rows of every label as the rarest has."
+    balance: Literal["undersample", "oversample"] | None = Field(
+        default=None,
+        description="undersample: as many rows of every label as the rarest has, in all parts. oversample: training "
+        "rows of rarer labels repeat until every label has as many as the commonest.",
     )
     duplicates: Literal["refuse", "remove", "allow"] = Field(
         default="refuse",
@@ -92,6 +94,21 @@ class PrefixCacheSettings(Section):
     )
     max_gib: Annotated[float, Field(gt=0)] = Field(
         default=8.0, description="GiB of disk for all caches; a run whose states need more goes without."
+    )
+
+
+class LossSettings(Section):
+    """The loss of a classifier; validation is judged by plain cross entropy whatever this says."""
+
+    class_weights: Literal["balanced"] | Annotated[list[PositiveFloat], Field(min_length=2)] | None = Field(
+        default=None,
+        description="Weight of each label's rows, in id order. balanced: rows / (labels * rows of the label).",
+    )
+    label_smoothing: Fraction = Field(
+        default=0.0, description="Share of the target that is spread over all labels (arXiv:1512.00567)."
+    )
+    focal_gamma: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Focal loss: rows that are right already count less, by (1 - p) ** gamma."
     )
 
 
@@ -134,6 +151,7 @@ class TrainingSettings(Section):
         default="auto",
         description="Library of fp32 matrix products on a CPU: torch's default, oneDNN, or the one measured faster.",
     )
+    loss: LossSettings = Field(default_factory=LossSettings, description="What is minimised.")
     prefix_cache: PrefixCacheSettings = Field(
         default_factory=PrefixCacheSettings, description="Used where the first blocks are frozen."
     )

@@ -18,6 +18,7 @@ from toolkit.data.splits import (
     PARTS,
     Split,
     cut,
+    oversample,
     read_split,
     sample,
     save_split,
@@ -59,6 +60,10 @@ def load_data(settings: DataSettings, *, supervised: bool = True, split_file: Pa
     indices = {name: np.delete(np.arange(len(table.rows)), dropped[name]) for name, table in tables.items()}
     split = _split(settings, tables, indices["train"], groups, split_file)
     indices |= split.parts if split else {"train": _select(settings, main, indices["train"], None)}
+    if settings.balance == "oversample" and main.labels is not None and len(indices["train"]):
+        # Behind the cut: no repeat may leave the training part.
+        own = indices["train"]
+        indices["train"] = own[oversample(main.labels[own], seed=settings.split.seed)]
     data = _assemble(tables, indices, label_map, split)
     data.warnings.extend(repeat_warnings(main.rows, groups, main.labels))
     _check_parts(data, settings, tables)

@@ -33,6 +33,21 @@ def undersample(codes: NDArray[np.integer], *, seed: int) -> Indices:
     return _draw(codes, np.full(len(counts), counts.min()), seed, STREAM_BALANCE)
 
 
+def oversample(codes: NDArray[np.integer], *, seed: int) -> Indices:
+    """Return row numbers in which every label occurs as often as the commonest, ascending.
+
+    Every row occurs; those of a label differ by one repeat at most.
+
+    Args:
+        codes: shape (rows,), label ids that all occur.
+        seed: Picks the rows that are repeated once more.
+    """
+    _, codes, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    whole = counts.max() // counts
+    again = _draw(codes, counts.max() - whole * counts, seed, STREAM_BALANCE)
+    return np.sort(np.concatenate([np.repeat(np.arange(len(codes)), whole[codes]), again]))
+
+
 def sample(codes: NDArray[np.integer], size: int, *, seed: int) -> Indices:
     """Return a seeded subset of ``size`` rows with every label's share kept, ascending.
 

@@ -72,6 +72,8 @@ class ClassificationTask:
             labels=self._labels["train"],
             pad_id=tokenizer.pad_id,
             cache=self._caches.get("train"),
+            loss=recipe.training.loss,
+            classes=len(self._names),
             penalty=_penalty(self.model, recipe),
         )
         if isinstance(recipe.method, LoraMethod) and recipe.method.variant == "eva":

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as functional
 from torch import nn
 
+from toolkit.config.schema import LossSettings
 from toolkit.data.batching import collate
 from toolkit.data.tokens import TokenTable
 from toolkit.models.forward import classify, rest_frozen_blocks
 from toolkit.models.language import language_model_hidden, project_tokens
+from toolkit.training.loss import class_weights, classification_loss, row_weight
 from toolkit.training.plan import Rows
 
 Batch = dict[str, torch.Tensor]
@@ -28,7 +30,7 @@ class Objective(Protocol):
         """Return the tensors of ``rows`` on the CPU; empty ``rows`` give a batch of weight 0."""
 
     def weight(self, batch: Batch) -> float:
-        """Return how many losses ``forward`` sums: rows, or predicted tokens."""
+        """Return what the losses that ``forward`` sums weigh together: rows by their labels, or predicted tokens."""
 
     def tokens(self, batch: Batch) -> int:
         """Return the real tokens of a batch."""
@@ -46,7 +48,7 @@ class RowCache(Protocol):
 
 
 class ClassificationObjective(nn.Module):
-    """Cross entropy of the pooled token's logits, summed over rows.
+    """The loss of the pooled token's logits, summed over rows (``training.loss``).
 
     The frozen blocks below the first one that trains run as in evaluation, without dropout: their states are then the
     same in every epoch, and can be kept.
@@ -57,6 +59,8 @@ class ClassificationObjective(nn.Module):
         labels: int64, shape (rows,).
         pad_id: Fills short rows.
         cache: What the frozen blocks make of the rows; None runs them.
+        loss: The recipe's ``training.loss``; None: cross entropy.
+        classes: How many labels there are; needed for balanced weights.
         penalty: Added to the mean loss, a scalar; None adds nothing.
     """
 
@@ -68,12 +72,15 @@ class ClassificationObjective(nn.Module):
         labels: Rows,
         pad_id: int,
         cache: RowCache | None = None,
+        loss: LossSettings | None = None,
+        classes: int = 0,
         penalty: Callable[[], torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self._table, self._labels, self._pad_id, self._cache = table, labels, pad_id, cache
-        self._penalty = penalty
+        self._penalty, self._loss = penalty, loss or LossSettings()
+        self._weights = class_weights(self._loss.class_weights, torch.from_numpy(labels), classes=classes)
 
     def train(self, mode: bool = True) -> ClassificationObjective:
         """Set training mode, but for what is frozen below the first trained block."""
@@ -91,8 +98,8 @@ class ClassificationObjective(nn.Module):
         return batch if len(rows) else {**batch, "labels": torch.full_like(batch["labels"], -100)}
 
     def weight(self, batch: Batch) -> float:
-        """Return the number of rows with a label."""
-        return float((batch["labels"] >= 0).sum())
+        """Return what the rows with a label weigh: their number, or the sum of their labels' weights."""
+        return row_weight(batch["labels"], self._weights)
 
     def tokens(self, batch: Batch) -> int:
         """Return the real tokens of a batch, those that a cache stands for included."""
@@ -101,7 +108,7 @@ class ClassificationObjective(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the summed loss, a scalar."""
         logits = classify(self.model, batch, blocks=0 if self._cache is None else self._cache.blocks)
-        loss = functional.cross_entropy(logits.float(), batch["labels"], reduction="sum", ignore_index=-100)
+        loss = classification_loss(logits.float(), batch["labels"], settings=self._loss, weights=self._weights)
         # The sum is divided by the rows of all micro-batches: with each row goes its share of the penalty.
         return loss if self._penalty is None else loss + self.weight(batch) * self._penalty()
 
