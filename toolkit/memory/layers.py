@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from toolkit.memory.linears import Linear
 from toolkit.memory.microbatch import MicroBatch, Setting
 from toolkit.memory.shape import ModelShape
@@ -150,6 +152,13 @@ class Layers:
     def linear(self, source: Value, layer: Linear, *, trained: bool) -> Value:
         """Run a linear layer, stored as the setting says, with its adapter if it has one."""
         tape = self.tape
+        if self.adapted and layer.up and not layer.rank and layer.name == self.shape.family.mlp_out:
+            # IA3 scales the input of this one layer.
+            source.storage.references += 1
+            scaled = self._scaled(source, layer)
+            result = self.linear(scaled, replace(layer, up=0), trained=trained)
+            tape.free(scaled)
+            return result
         rows = self._rows(source, layer)
         size = rows * layer.fan_out * self.low
         weight = layer.weight
@@ -178,9 +187,14 @@ class Layers:
         return self.batch.tokens if source.size >= full * self.low else self.batch.rows
 
     def _scaled(self, result: Value, layer: Linear) -> Value:
-        """Scale a layer's output, or what is as large, its input."""
+        """Multiply a layer's output or input with IA3's vector."""
         own = (layer.up * FULL,) if self.setting.training else ()
-        return self.then(result, self.tape.record(result.size, (result,), saves=(result,), parameters=own))
+        return self._times_vector(result, own)
+
+    def _times_vector(self, source: Value, own: tuple[int, ...]) -> Value:
+        """Multiply with a vector, whose gradient is a sum over what is as large as the source; the source ends."""
+        scaled = self.tape.record(source.size, (source,), saves=(source,), parameters=own, workspace=source.size)
+        return self.then(source, scaled)
 
     def _adapted(self, source: Value, result: Value, layer: Linear, *, rows: int) -> Value:
         tape, training = self.tape, self.setting.training
@@ -190,16 +204,27 @@ class Layers:
         down = tape.record(
             rows * layer.rank * self.low,
             (seen,),
-            saves=(seen,),
+            # Read by the gradient of a trained matrix alone: LoRA-FA and VeRA keep no input.
+            saves=(seen,) if layer.down > layer.rank else (),
             parameters=(layer.down * FULL,) if training and layer.down else (),
         )
         up = tape.record(
             result.size,
             (down,),
             saves=(down,),
-            parameters=(layer.up * FULL,) if training else (),
+            parameters=((layer.up - layer.scaled) * FULL,) if training and layer.up > layer.scaled else (),
         )
         tape.free(down)
+        own = (layer.scaled * FULL,) if training else ()
+        if layer.normed:
+            # DoRA: the base's part without its bias is scaled too. Norms take a unit matrix and four whole weights.
+            tape.touch(FULL * (layer.fan_in**2 + 4 * layer.weight))
+            plain = self._times_vector(tape.record(result.size, (result,)), own)
+            up = self._times_vector(up, ())
+            up = self.then(up, tape.record(up.size, (up, plain), shared=True))
+            tape.free(plain)
+        elif layer.scaled:
+            up = self._times_vector(up, own)
         scaled = self.then(up, tape.record(up.size, (up,)))
         total = self.then(result, tape.record(result.size, (result, scaled), shared=True))
         tape.free(scaled, seen)

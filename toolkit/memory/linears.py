@@ -21,6 +21,8 @@ class Linear:
         down: Elements of the adapter's first half that train.
         up: Elements of its second half that train, with vectors and IA3's scale.
         fixed: Elements of the adapter that do not train.
+        scaled: Elements of the trained vector that the adapter's output, or both outputs, are multiplied with.
+        normed: Whether norms of the whole weight are taken in every pass.
     """
 
     name: str
@@ -30,6 +32,8 @@ class Linear:
     down: int = 0
     up: int = 0
     fixed: int = 0
+    scaled: int = 0
+    normed: bool = False
 
     @property
     def weight(self) -> int:
@@ -67,7 +71,7 @@ def _adapted(layer: Linear, method: TargetedMethod, family: Family) -> Linear:
         # The second layer of the MLP is scaled at its input, the others at their output.
         return replace(layer, up=layer.fan_in if layer.name == family.mlp_out else layer.fan_out)
     if isinstance(method, VeraMethod):
-        return replace(layer, rank=method.r, down=method.r, up=layer.fan_out)
+        return replace(layer, rank=method.r, down=method.r, up=layer.fan_out, scaled=layer.fan_out)
     rank = method.r if isinstance(method, LoraMethod) else method.init_r
     down, up = rank * layer.fan_in, rank * layer.fan_out
     if isinstance(method, AdaloraMethod):
@@ -75,7 +79,9 @@ def _adapted(layer: Linear, method: TargetedMethod, family: Family) -> Linear:
         return replace(layer, rank=rank, down=down + rank, up=up, fixed=1)
     if method.variant == "lora_fa":
         return replace(layer, rank=rank, up=up, fixed=down)
-    return replace(layer, rank=rank, down=down, up=up + (layer.fan_out if method.variant == "dora" else 0))
+    if method.variant == "dora":
+        return replace(layer, rank=rank, down=down, up=up + layer.fan_out, scaled=layer.fan_out, normed=True)
+    return replace(layer, rank=rank, down=down, up=up)
 
 
 def _matches(name: str, target: str) -> bool:

@@ -178,10 +178,11 @@ def model_shape(config: Mapping[str, Any], recipe: Recipe, *, labels: int) -> Mo
     width, layers = int(config[family.width_key]), int(config[family.layers_key])
     inner = int(config.get(inner_key) or 4 * width)
     named = config.get(activation, ACTIVATION[family.model_type])
-    # models.flat runs torch's kernel instead of a GPT-2 classifier's gelu_new; DistilBERT's MLP and language models run
-    # transformers' code.
-    fuses = family.model_type == "gpt2" and recipe.objective == "classification"
     method = recipe.method
+    # models.flat runs torch's kernel instead of a GPT-2 classifier's gelu_new; DistilBERT's MLP, language models and
+    # whatever stands behind a prefix run transformers' code.
+    flat = recipe.objective == "classification" and not isinstance(method, PrefixMethod)
+    fuses = family.model_type == "gpt2" and flat
     targeted = method if isinstance(method, TargetedMethod) else None
     layered = method if isinstance(method, LayeredMethod) else None
     linears = block_linears(family, width=width, inner=inner, method=targeted)
