@@ -112,7 +112,8 @@ def memory_page(record: dict[str, Any], machine: str) -> str:
 
 
 REASONS = """The process is harder to predict than its tensors: glibc's heap keeps what is free between things that
-are still needed. The line "allocator" is a rule found in these very runs: as many bytes as 17 of the widest tensors,
+are still needed. The line "allocator" is a rule fitted to eleven of these runs, the best of several that were tried:
+as many bytes as 17 of the widest tensors,
 fewer where only some blocks have a backward pass. A fixed `mmap_threshold` of 1 MiB leaves almost no holes (DistilBERT
 with LoRA: 1,050 -> 888 MiB) and costs a fifth of a step in page faults (2.5 -> 3.0 s of a core), so it is left to you:
 `GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1048576 toolkit train recipe.yaml`.
