@@ -156,7 +156,7 @@ def strays(run: Path) -> str:
 def problems(output: str) -> list[str]:
     """Return the lines after what a run says of its inputs and its progress."""
     told = ("base: ", "data: ", "split: ", "parameters: ", "texts: ", "steps: ", "machine: ", "warning: ", "resuming ",
-            "step ", "frozen blocks")  # fmt: skip
+            "step ", "frozen blocks", "peak memory")  # fmt: skip
     return [line for line in output.splitlines() if line and not line.startswith(told)]
 
 
