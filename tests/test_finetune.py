@@ -69,7 +69,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 def losses(run: Path) -> list[float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line.get("loss", line.get("validation")) for line in lines]
+    return [line.get("loss", line.get("validation")) for line in lines if "phase" not in line]
 
 
 METHODS = ["method: {name: full}", "method: {name: head}", "method: {name: last_n, n: 1}", "method: {name: lora, r: 4}"]

@@ -21,7 +21,7 @@ FREE = ("output",)
 # What the atomic writers of files and folders stage beside their target, by the names that a run holds.
 STAGED = (
     "recipe.yaml", "result.json", "metrics.jsonl", "split.json", "report.html", "README.md", "curves.png",
-    "confusion.png", "adapter", "model",
+    "confusion.png", "memory.png", "adapter", "model",
 )  # fmt: skip
 LEFTOVER = re.compile(rf"\.{{1,2}}({'|'.join(map(re.escape, STAGED))})(-[a-z0-9_]{{8}}){{1,2}}")
 

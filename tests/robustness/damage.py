@@ -179,9 +179,15 @@ def _said_full(full: Answer) -> str:
 
 def _whole(run: Path, saved: set[str]) -> str:
     left = {folder.name for folder in run.glob("checkpoints/step-*")}
-    if saved - left:
+    # Where the limit was met by the report alone, newer checkpoints stand in the place of rotated ones.
+    newest = max((_step(name) for name in left), default=-1)
+    if saved - left and newest <= max(map(_step, saved)):
         return f"{', '.join(saved - left)} is gone"
     return "".join(_unsound(run / "checkpoints" / name) for name in left)
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
 
 
 def _unsound(folder: Path) -> str:

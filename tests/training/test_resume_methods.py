@@ -19,6 +19,7 @@ from toolkit.config.schema import QuantizationSettings, Recipe
 from toolkit.data.tokenize import load_tokenizer
 from toolkit.finetune import read_inputs
 from toolkit.listener import SILENT
+from toolkit.memory.measure import MemoryWatch
 from toolkit.tasks import Setup, Task, build_task
 from toolkit.training.checkpoint import load_checkpoint
 from toolkit.training.optim import build_optimizer
@@ -78,7 +79,7 @@ def trainer_of(recipe: Recipe, checkpoints: Path) -> tuple[Trainer, Task, Losses
     accelerator = runtime.build_accelerator(device=device, precision="fp32", tracker=None, logging_dir=checkpoints)
     runtime.seed_everything(recipe.training.seed)
     tokenizer = load_tokenizer(base.path, kind=base.family.tokenizer)
-    task = build_task(Setup(recipe, data, base, tokenizer, accelerator, "default", SILENT))
+    task = build_task(Setup(recipe, data, base, tokenizer, accelerator, "default", SILENT, MemoryWatch(device)))
     plan = build_plan(recipe.training, lengths=task.tables["train"].lengths, processes=1)
     blocks, losses = base.config[base.family.layers_key], Losses()
     trainer = Trainer(
