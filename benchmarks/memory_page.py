@@ -54,7 +54,7 @@ what would. `result.json` repeats it after the run: `memory.peak_bytes` is measu
 plan's figure of the same thing, named by `memory.kind`. On a CPU that is the resident set up to the end of
 training, with the framework's share as the process itself found it; on CUDA it is what the allocator handed out,
 without the driver's own share. `rss_bytes` is the resident set of the whole run, `phases` the peaks of tokenise,
-load, frozen blocks, train, evaluate and export; `report.html` draws them.
+load, frozen blocks, train, evaluate, export and baselines; `report.html` draws them.
 """
 MEASURED = """
 ## Predicted and measured

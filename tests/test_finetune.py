@@ -82,7 +82,9 @@ QUANTISED = [
 def check_memory(memory: MemoryRecord, metrics: Path) -> None:
     """Measured and predicted of the same thing, by phase; tiny models are the framework and little else."""
     names = [phase["name"] for phase in memory["phases"]]
-    assert [name for name in names if name != "frozen blocks"] == ["tokenise", "load", "train", "evaluate", "export"]
+    assert [name for name in names if name != "frozen blocks"] == [
+        "tokenise", "load", "train", "evaluate", "export", "baselines",
+    ]  # fmt: skip
     assert max(phase["rss"] for phase in memory["phases"]) == memory["rss_bytes"] >= memory["peak_bytes"]
     assert memory["kind"] == "resident set"
     assert memory["predicted_bytes"] == sum(memory["predicted"].values())
@@ -151,6 +153,13 @@ def test_a_run_imports_what_its_recipe_needs(recipe_file, method, spared):
     loaded = set(done.stdout.split())
     assert {"torch", "transformers"} <= loaded
     assert not (spared | {"scipy", "sklearn", "pandas", "datasets"}) & loaded
+
+
+def test_baselines_give_way_where_memory_is_short(recipe_file, monkeypatch):
+    monkeypatch.setattr("toolkit.runtime.available_bytes", lambda: 255 << 20)
+    record = finetune(load_recipe(recipe_file()))
+    assert record["metrics"]["baselines"] is None
+    assert record["metrics"]["test"]["rows"] == 24
 
 
 @pytest.mark.parametrize("family", ["gpt2", "distilbert"])

@@ -33,6 +33,9 @@ from toolkit.runtime import memory_errors, process_rank
 if TYPE_CHECKING:
     from toolkit.training.trainer import Trainer
 
+# scikit-learn, and the table of 20,000 short texts.
+BASELINE_BYTES = 256 << 20
+
 
 def finetune(recipe: Recipe, *, listener: Listener = SILENT) -> RunRecord:
     """Train what ``recipe`` describes and return its record, which also stands in ``result.json``.
@@ -190,16 +193,25 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
         listener.end()
 
     # Evaluation, export, report.
+    if accelerator.num_processes == 1:
+        # The optimizer's state is not needed any more.
+        del trainer
+        accelerator.free_memory()
+        runtime.return_freed_memory()
     memory.enter("evaluate")
     metrics: dict[str, Any] = {part: task.judge(part) for part in ("validation", "test") if len(task.tables[part])}
     if not main:
         accelerator.wait_for_everyone()
         accelerator.end_training()
         return read_run_record(folder.result)
-    if recipe.evaluation.baselines and "test" in metrics:
-        metrics["baselines"] = task.baselines()
     memory.enter("export")
     artifact = task.save(folder.path)
+    if recipe.evaluation.baselines and "test" in metrics:
+        memory.enter("baselines")
+        if runtime.available_bytes() < BASELINE_BYTES:
+            listener.say("warning: no baselines: scikit-learn and its tables want 256 MiB, and less is free")
+        else:
+            metrics["baselines"] = task.baselines()
     memory.end()
     log.phases(memory.phases, step=progress.step)
     predicted = predict_run(

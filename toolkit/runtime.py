@@ -255,6 +255,13 @@ def _peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
+def available_bytes() -> int:
+    """Return the bytes of memory that the machine could still give this process."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Return what a reader needs to repeat a figure: versions, device, threads, platform."""
     import torch
