@@ -28,6 +28,11 @@ FILES = (
 )  # fmt: skip
 
 
+def _last_line(output: str) -> str:
+    """Return what a traceback says in the end; its frames name folders of this machine."""
+    return (output.strip().splitlines() or [""])[-1][:200]
+
+
 def train(argument: dict[str, Any]) -> None:
     """Train a LoRA classifier on the world's data, from the last checkpoint where there is one."""
     import transformers
@@ -105,7 +110,7 @@ def peer_kills(server: Server, world: Path, *, count: int, seed: int) -> list[Tr
         at, run = chance.randrange(saving[0] + 1, len(plain.events)), world / f"killed-{number}"
         _trained(server, world, output=run.name, watch=run, at=at, signals=[signal.SIGKILL])
         again = _trained(server, world, output=run.name)
-        failure = again.output[-200:] if again.code else _differs(world / "plain", run)
+        failure = _last_line(again.output) if again.code else _differs(world / "plain", run)
         trials.append(Trial("P1", f"SIGKILL before event {at}, {plain.events[at - 1]}", failure))
     return trials
 
@@ -129,7 +134,7 @@ def peer_damage(server: Server, world: Path, *, seed: int) -> list[Trial]:
             if path.exists() and path.read_bytes() == before:
                 continue
             again = _trained(server, world, output=run.name)
-            failure = f"does not go on: {again.output[-200:]}" if again.code else _differs(world / "plain", run)
+            failure = f"does not go on: {_last_line(again.output)}" if again.code else _differs(world / "plain", run)
             trials.append(Trial("P4", f"{file} {kind}", failure))
     return trials
 
