@@ -179,6 +179,17 @@ def test_a_real_limit(written: Written, tmp_path: Path) -> None:
     assert record["memory"]["shortage"][0].startswith("training.batch_size=")
 
 
+@pytest.mark.parametrize(("recomputing", "advised"), [("false", "gradient_checkpointing=true"), ("true", "max_length")])
+def test_an_optimizer_in_the_backward_pass_is_advised_what_it_can_do(
+    written: Written, monkeypatch: pytest.MonkeyPatch, recomputing: str, advised: str
+) -> None:
+    monkeypatch.setattr(ClassificationObjective, "forward", holding(0))
+    settings = f"max_steps: 2, max_grad_norm: null, optimizer_in_backward: true, gradient_checkpointing: {recomputing}"
+    with pytest.raises(OutOfMemoryError, match=rf"step 1 \(try .*{advised} or a smaller batch") as raised:
+        finetune(load_recipe(written(settings)))
+    assert "accumulation" not in str(raised.value)
+
+
 def test_prediction_halves_a_batch_that_does_not_fit() -> None:
     lengths = np.array([5, 3, 4, 2, 1, 6, 2])
     asked: list[int] = []

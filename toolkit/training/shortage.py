@@ -60,6 +60,12 @@ def describe(training: TrainingSettings, progress: Progress) -> str:
 def advice(training: TrainingSettings, progress: Progress, last_good: str) -> str:
     """Return the line of a step that cannot be taken again, which names the settings to change."""
     smaller = training.batch_size > 1 or training.max_tokens_per_batch is not None
+    if training.optimizer_in_backward:
+        # It takes no second micro-step: a smaller batch is another training.
+        saves = (
+            "a smaller model.max_length" if training.gradient_checkpointing else "training.gradient_checkpointing=true"
+        )
+        return f"out of memory at step {progress.step + 1} (try {saves} or a smaller batch; {last_good})"
     lines = recipe_lines(training, Progress(pieces=2) if smaller else Progress(recomputing=True))
     keeps = " keeps the effective batch" if smaller else ""
     return f"out of memory at step {progress.step + 1} (try {' '.join(lines)}{keeps}; {last_good})"

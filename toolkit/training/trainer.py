@@ -158,8 +158,8 @@ class Trainer:
             return loss, tokens
         except (RuntimeError, MemoryError) as error:
             # The other processes of a launch wait for this one's gradients, or weights have changed: no way back.
-            forward_only = self.accelerator.num_processes > 1 or self._in_backward is not None
-            if forward_only or not is_out_of_memory(error):
+            final = self.accelerator.num_processes > 1 or self._in_backward is not None
+            if final or not is_out_of_memory(error):
                 raise
             return None
 
