@@ -146,7 +146,7 @@ def _name_phases(panel: Axes, phases: Sequence[PhaseRecord], *, start: float) ->
     for phase in phases:
         middle = (phase["time"] - start + phase["seconds"] / 2) / max(whole, 1e-9)
         place = max(middle, free)
-        free = place + 0.028
+        free = place + 0.042
         panel.text(
             place * whole, 1.02, phase["name"], transform=panel.get_xaxis_transform(), rotation=30, fontsize=8,
             color=FAINT, ha="left", va="bottom",
