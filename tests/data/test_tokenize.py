@@ -19,8 +19,8 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 from toolkit.data import tokenize as tokenize_module
 from toolkit.data.bpe import END, FOLDER, read_ranks
 from toolkit.data.sources import read_rows
-from toolkit.data.tokenize import Encoded, Tokenizer, load_tokenizer
-from toolkit.data.tokens import TokenTable
+from toolkit.data.tokenize import Tokenizer, load_tokenizer
+from toolkit.data.tokens import Encoded, TokenTable
 from toolkit.errors import DataError, ModelError
 
 PIECES = [
@@ -333,6 +333,18 @@ def test_tables_are_cached_by_content_and_never_used_damaged(
         caplog.clear()
     assert calls_of(texts) == 0
     assert not list(private_cache.glob("tokens/.*"))
+
+
+def test_a_large_table_goes_to_the_disk_piece_by_piece(private_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["one", "three", "", "fourteen", "six"] * 3
+    tokenizer = Tokenizer(Counting(), "bpe", {"pad": 0}, "test")  # type: ignore[arg-type]
+    whole = tokenizer.encode(words, max_length=4)
+    monkeypatch.setattr(tokenize_module, "CACHE_BYTES", 0)
+    monkeypatch.setattr(tokenize_module, "CHUNK_TEXTS", 2)
+    found = tokenizer.encode_cached(pa.chunked_array([words], type=pa.large_string()), max_length=4)
+    assert isinstance(found.table.ids, np.memmap)
+    assert ids_of(found) == ids_of(whole)
+    assert (found.truncated, found.dropped_tokens) == (whole.truncated, whole.dropped_tokens) == (6, 15)
 
 
 def test_a_cache_that_cannot_be_written_is_gone_without(

@@ -6,15 +6,17 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
 from toolkit.data.cache import cache_folder, put_folder
 from toolkit.data.files import sha256_of
-from toolkit.data.tokens import TokenTable
+from toolkit.data.tokens import Encoded, TokenTable
 from toolkit.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -45,41 +47,57 @@ def cache_key(texts: str, tokenizer: str, *, max_length: int) -> str:
     return hashlib.sha256(f"1 {texts} {tokenizer} {max_length}".encode()).hexdigest()
 
 
-def cached_table(key: str, build: Callable[[], tuple[TokenTable, dict[str, int]]]) -> tuple[TokenTable, dict[str, int]]:
-    """Return the table and the facts under ``key``, building and keeping them where they are absent or damaged.
+def cached(key: str, encode: Callable[[], Iterable[Encoded]]) -> Encoded:
+    """Return the tokens under ``key``, making and keeping them where they are absent or damaged.
 
     Args:
         key: From ``cache_key``.
-        build: Makes the table and a few whole numbers about it.
+        encode: Makes them piece by piece; each goes to the disk before the next, so that memory holds one.
     """
     folder = cache_folder() / "tokens" / key
     found = _read(folder)
     if found is not None:
         return found
-    table, facts = build()
     try:
         shutil.rmtree(folder, ignore_errors=True)
-        put_folder(folder, lambda staging: _write(staging, table, facts))
+        put_folder(folder, lambda staging: _write(staging, encode()))
     except OSError as error:
         logger.warning("token cache %s not written: %s", folder, error)
-        return table, facts
-    return _read(folder) or (table, facts)
+        return Encoded.join(encode())
+    return _read(folder) or Encoded.join(encode())
 
 
-def _write(folder: Path, table: TokenTable, facts: dict[str, int]) -> None:
-    np.save(folder / FILES[0], table.ids, allow_pickle=False)
-    np.save(folder / FILES[1], table.offsets, allow_pickle=False)
+def _write(folder: Path, pieces: Iterable[Encoded]) -> None:
+    lengths = array("q")
+    truncated = dropped = 0
+    with (folder / FILES[0]).open("wb") as file:
+        # numpy leaves room in a header for the first axis to grow: the count is written when it is known.
+        _npy_header(file, 0)
+        for piece in pieces:
+            file.write(piece.table.ids.data)
+            lengths.frombytes(piece.table.lengths.tobytes())
+            truncated, dropped = truncated + piece.truncated, dropped + piece.dropped_tokens
+        file.seek(0)
+        _npy_header(file, sum(lengths))
+    offsets = TokenTable.from_lengths(np.empty(0, dtype=np.int32), np.frombuffer(lengths, dtype=np.int64)).offsets
+    np.save(folder / FILES[1], offsets, allow_pickle=False)
     hashes = {name: sha256_of(folder / name, name) for name in FILES}
+    facts = {"truncated": truncated, "dropped_tokens": dropped}
     (folder / "facts.json").write_text(json.dumps({"sha256": hashes, "facts": facts}), encoding="utf-8")
 
 
-def _read(folder: Path) -> tuple[TokenTable, dict[str, int]] | None:
+def _npy_header(file: BinaryIO, count: int) -> None:
+    described = {"descr": "<i4", "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(file, described)
+
+
+def _read(folder: Path) -> Encoded | None:
     try:
         record = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         if any(sha256_of(folder / name, name) != record["sha256"][name] for name in FILES):
             raise ValueError("its checksum differs")
         ids, offsets = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in FILES)
-        return TokenTable(ids, offsets), dict(record["facts"])
+        return Encoded(TokenTable(ids, offsets), **record["facts"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, DataError) as error:

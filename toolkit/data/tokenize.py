@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from toolkit.data.bpe import END, Gpt2Backend, is_gpt2_tokenizer, is_gpt2_vocabulary
 from toolkit.data.fast_tokenizer import FastBackend, add_frame, bpe_of_files, read_tokenizer_json, wordpiece_of_file
-from toolkit.data.token_cache import cache_key, cached_table, texts_sha256
-from toolkit.data.tokens import TokenTable
+from toolkit.data.token_cache import cache_key, cached, texts_sha256
+from toolkit.data.tokens import Encoded, TokenTable
 from toolkit.errors import ModelError, Problem
 
 CHUNK_TEXTS = 2_048
@@ -40,28 +40,6 @@ class Backend(Protocol):
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a special token, or None."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids and what truncation cost.
-
-    Attributes:
-        table: One row per text.
-        truncated: Texts that were cut.
-        dropped_tokens: Tokens cut off, of all texts together.
-    """
-
-    table: TokenTable
-    truncated: int
-    dropped_tokens: int
-
-    def warning(self, *, part: str, max_length: int) -> str | None:
-        """Return a line on what was cut, or None."""
-        if not self.truncated:
-            return None
-        wrong = f"{self.truncated} of {len(self.table)} texts were cut to {max_length} tokens"
-        return str(Problem("", f"data.{part}", f"{wrong}, {self.dropped_tokens} tokens dropped", "model.max_length"))
 
 
 @dataclass(frozen=True)
@@ -102,9 +80,12 @@ class Tokenizer:
             texts: Arrow strings or any iterable, read in chunks.
             max_length: Tokens kept of each text, special tokens included; None keeps all.
         """
-        ids, lengths = array("i"), array("q")
-        truncated = dropped = 0
+        return Encoded.join(self._pieces(texts, max_length=max_length))
+
+    def _pieces(self, texts: pa.ChunkedArray | Iterable[str], *, max_length: int | None) -> Iterator[Encoded]:
         for rows in self._encoded(_chunks(texts)):
+            ids, lengths = array("i"), array("q")
+            truncated = dropped = 0
             for row in rows:
                 extra = 0 if max_length is None else len(row) - max_length
                 if extra > 0:
@@ -114,8 +95,8 @@ class Tokenizer:
                         row[-1] = self.special["sep"]
                 ids.extend(row)
                 lengths.append(len(row))
-        table = TokenTable.from_lengths(np.frombuffer(ids, dtype=np.int32), np.frombuffer(lengths, dtype=np.int64))
-        return Encoded(table, truncated, dropped)
+            table = TokenTable.from_lengths(np.frombuffer(ids, dtype=np.int32), np.frombuffer(lengths, dtype=np.int64))
+            yield Encoded(table, truncated, dropped)
 
     def _encoded(self, chunks: Iterator[list[str]]) -> Iterator[list[list[int]]]:
         """Yield the ids of each chunk in order, on all cores: both libraries work outside of Python's lock."""
@@ -135,13 +116,8 @@ class Tokenizer:
         if texts.nbytes < CACHE_BYTES:
             return self.encode(texts, max_length=max_length)
 
-        def build() -> tuple[TokenTable, dict[str, int]]:
-            made = self.encode(texts, max_length=max_length)
-            return made.table, {"truncated": made.truncated, "dropped_tokens": made.dropped_tokens}
-
         key = cache_key(texts_sha256(texts), self.sha256, max_length=max_length)
-        table, facts = cached_table(key, build)
-        return Encoded(table, facts["truncated"], facts["dropped_tokens"])
+        return cached(key, lambda: self._pieces(texts, max_length=max_length))
 
     def adopt(self, table: TokenTable, *, max_length: int, where: str) -> Encoded:
         """Take token ids as they are: prove that they fit the vocabulary and cut long rows.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,3 +108,37 @@ def gather(ids: NDArray[np.int32], starts: NDArray[np.int64], lengths: NDArray[n
         shift = np.repeat(starts[low:high] - (table.offsets[low:high] - base), lengths[low:high])
         table.ids[base : int(table.offsets[high])] = ids[shift + np.arange(len(shift))]
     return table
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids and what truncation cost.
+
+    Attributes:
+        table: One row per text.
+        truncated: Texts that were cut.
+        dropped_tokens: Tokens cut off, of all texts together.
+    """
+
+    table: TokenTable
+    truncated: int
+    dropped_tokens: int
+
+    @staticmethod
+    def join(pieces: Iterable[Encoded]) -> Encoded:
+        """Return consecutive pieces as one."""
+        ids, lengths = array("i"), array("q")
+        truncated = dropped = 0
+        for piece in pieces:
+            ids.frombytes(piece.table.ids.tobytes())
+            lengths.frombytes(piece.table.lengths.tobytes())
+            truncated, dropped = truncated + piece.truncated, dropped + piece.dropped_tokens
+        table = TokenTable.from_lengths(np.frombuffer(ids, dtype=np.int32), np.frombuffer(lengths, dtype=np.int64))
+        return Encoded(table, truncated, dropped)
+
+    def warning(self, *, part: str, max_length: int) -> str | None:
+        """Return a line on what was cut, or None."""
+        if not self.truncated:
+            return None
+        wrong = f"{self.truncated} of {len(self.table)} texts were cut to {max_length} tokens"
+        return str(Problem("", f"data.{part}", f"{wrong}, {self.dropped_tokens} tokens dropped", "model.max_length"))

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from toolkit.adapters.save import save_adapter
 from toolkit.config.schema import Recipe
 from toolkit.data.parts import LoadedData, Part
-from toolkit.data.tokenize import Encoded, Tokenizer
-from toolkit.data.tokens import TokenTable
+from toolkit.data.tokenize import Tokenizer
+from toolkit.data.tokens import Encoded, TokenTable
 from toolkit.evaluation.mistakes import Mistake
 from toolkit.export.artifact import ArtifactFacts, BaseReference, write_manifest
 from toolkit.export.model import copy_tokenizer, save_model
