@@ -13,9 +13,16 @@ from torch import nn
 from toolkit.config.schema import QuantizationSettings
 from toolkit.errors import CapabilityError
 from toolkit.models.base import Base
-from toolkit.models.forward import classify
+from toolkit.models.forward import CLASSIFIERS, classify
 from toolkit.models.load import load_classifier
-from toolkit.models.quantize import check_quantization, dequantized_weight, is_quantized, quantization_roundtrip
+from toolkit.models.quantize import (
+    bitsandbytes_config,
+    check_quantization,
+    dequantized_weight,
+    is_quantized,
+    prepare_quantized,
+    quantization_roundtrip,
+)
 
 CPU = torch.device("cpu")
 FAMILY_NAMES = ["gpt2", "distilbert"]
@@ -59,6 +66,34 @@ def test_exactly_the_linear_layers_of_the_blocks_are_quantised(base: Base, mode:
         assert type(head) is nn.Linear
         assert head.weight.dtype == torch.float32
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_layers_stored_one_by_one_are_those_of_from_pretrained(
+    base: Base, mode: QuantizationSettings, batch: Batch
+) -> None:
+    ours, by_the_way = load(base, mode), load(base, mode, streamed=0)
+    stock = CLASSIFIERS[base.family.model_type].from_pretrained(
+        base.path,
+        num_labels=2,
+        pad_token_id=ours.config.pad_token_id,
+        quantization_config=bitsandbytes_config(mode, base.family),
+        device_map={"": CPU},
+    )
+    theirs = stock.state_dict()
+    body = {name: value for name, value in ours.state_dict().items() if not name.startswith(base.family.head)}
+    assert len(body) > 20
+    assert set(ours.state_dict()) == set(theirs)
+    assert all(torch.equal(value, theirs[name]) and value.dtype == theirs[name].dtype for name, value in body.items())
+    for model in (ours, by_the_way):
+        for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method"):
+            assert getattr(model, name, None) == getattr(stock, name, None), name
+        assert model.config.quantization_config.to_dict() == stock.config.quantization_config.to_dict()
+    head = {name: value for name, value in ours.state_dict().items() if name not in body}
+    stock.load_state_dict(head, strict=False)
+    with torch.no_grad():
+        expected = classify(ours, batch)
+        assert torch.equal(classify(by_the_way, batch), expected)
+        assert torch.equal(classify(prepare_quantized(stock).eval(), batch), expected)
 
 
 def test_the_weights_it_computes_with_are_the_roundtrip_of_the_bases(base: Base, mode: QuantizationSettings) -> None:

@@ -22,7 +22,7 @@ from toolkit.models.headers import read_tensor_headers
 from toolkit.models.load import quiet_transformers
 from toolkit.models.quantize import dequantized_weight, is_quantized
 from toolkit.models.stored import StoredTensors
-from toolkit.models.streamed import load_head, stream_blocks
+from toolkit.models.streamed import load_body, load_head, stream_blocks
 
 # Spread over length, case, digits, scripts and odd characters; the last one fills the window.
 PROBES = (
@@ -152,7 +152,9 @@ def stock_model(folder: pathlib.Path) -> nn.Module:
         differ = sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name))
         raise ToolkitError(f"{folder.name}: stock transformers has other tensors: {', '.join(differ[:3])}")
     stored, blocks = StoredTensors(folder, family), model.config.to_dict()[family.layers_key]
-    stream_blocks(model, stored, family=family, count=blocks, device=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    stream_blocks(model, stored, family=family, count=blocks, device=cpu)
+    load_body(model, stored, family=family, device=cpu)
     load_head(model, stored, family=family)
     model.streamed.hook()
     stock: nn.Module = model.eval()

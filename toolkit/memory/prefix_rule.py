@@ -41,7 +41,7 @@ def embedding_on_disk(recipe: Recipe, *, device: str) -> bool:
     trains = recipe.method.name == "full" or recipe.objective != "classification"
     # A prefix stands in the stock forward, which looks its tokens up itself.
     looked_up = not trains and recipe.method.name != "prefix"
-    return can_stream(recipe) and device == "cpu" and looked_up
+    return not recipe.model.random_init and device == "cpu" and looked_up
 
 
 def state_bytes(*, tokens: int, rows: int, width: int, dtype: str, pooled: bool) -> int:

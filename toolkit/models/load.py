@@ -12,9 +12,9 @@ from torch import nn
 from toolkit.config.schema import QuantizationSettings
 from toolkit.families import Family
 from toolkit.models.base import Base
-from toolkit.models.quantize import bitsandbytes_config, check_quantization, prepare_quantized
+from toolkit.models.quantize import QuantizedLayers, bitsandbytes_config, check_quantization
 from toolkit.models.stored import StoredTensors, check_finite
-from toolkit.models.streamed import load_head, stream_blocks
+from toolkit.models.streamed import load_body, load_head, stream_blocks
 from toolkit.models.tensors import check_tensors, has_head
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def load_classifier(
         dtype: Of the body's unquantised weights; the head is always float32.
         compute_dtype: What 4-bit layers multiply in; None: `dtype`.
         streamed: Blocks, from the first, whose weights stay in the base's files (`models.streamed`), as does the token
-            embedding; for float32 alone, without `random_init`. None: the whole model is in memory.
+            embedding; for float32 alone, without `random_init`; 0 with quantised blocks. None: the whole model is in
+            memory.
 
     Returns:
         The classifier; `name_or_path` is `base.name_or_path`, `use_cache` is off, a pad token is set.
@@ -64,41 +65,31 @@ def load_classifier(
     check_quantization(quantization, device.type)
     config = classifier_config(base, labels=labels)
     model_class: Any = CLASSIFIERS[base.family.model_type]
-    options: dict[str, Any] = {"dtype": dtype}
-    if quantization is not None:
-        options["quantization_config"] = bitsandbytes_config(quantization, base.family, compute_dtype or dtype)
-        options["device_map"] = {"": device}
     keeps_head = not random_init and _same_labels(base, labels) and has_head(base)
     with quiet_transformers(), torch.random.fork_rng(devices=_cuda_devices()):
         if random_init:
-            model = _random(model_class, config, seed=seed, quantized=quantization is not None, options=options)
+            model = _random(model_class, config, seed=seed, dtype=dtype).to(device)
         else:
-            skeleton = _meta(model_class, config)
-            check_tensors(base, skeleton, head=keeps_head)
+            model = _meta(model_class, config)
+            check_tensors(base, model, head=keeps_head)
             check_finite(base.path)
+            stored = StoredTensors(base.path, base.family)
+            layers = None
+            if quantization is not None:
+                settings = bitsandbytes_config(quantization, base.family, compute_dtype or dtype)
+                layers = QuantizedLayers(model, settings, device)
             if streamed is not None:
-                model = _streamed(skeleton, base, blocks=streamed, keeps_head=keeps_head, device=device)
-            else:
-                # Mismatched sizes can only be those of another task's head: check_tensors has proven the rest.
-                model = model_class.from_pretrained(
-                    base.path, config=config, local_files_only=True, ignore_mismatched_sizes=True, **options
-                )
+                stream_blocks(model, stored, family=base.family, count=streamed, device=device)
+            store = None if layers is None else layers.store
+            load_body(model, stored, family=base.family, device=device, dtype=dtype, store=store)
+            load_head(model, stored if keeps_head else None, family=base.family, device=device)
+            if layers is not None:
+                layers.finish()
     if not keeps_head:
         seed_head(model, base.family, seed=seed)
-    if quantization is not None:
-        prepare_quantized(model)
-    elif streamed is None:
-        model.to(device)
-        for path in base.family.head:
-            model.get_submodule(path).float()
+    for path in base.family.head:
+        model.get_submodule(path).float()
     return _finish(model, base)
-
-
-def _streamed(model: Any, base: Base, *, blocks: int, keeps_head: bool, device: torch.device) -> Any:
-    stored = StoredTensors(base.path, base.family)
-    stream_blocks(model, stored, family=base.family, count=blocks, device=device)
-    load_head(model, stored if keeps_head else None, family=base.family, device=device)
-    return model
 
 
 def load_language_model(
@@ -129,7 +120,7 @@ def load_language_model(
     with quiet_transformers(), torch.random.fork_rng(devices=_cuda_devices()):
         torch.manual_seed(seed)
         if random_init:
-            model = _random(model_class, config, seed=seed, quantized=False, options={"dtype": dtype})
+            model = _random(model_class, config, seed=seed, dtype=dtype)
         else:
             check_tensors(base, _meta(model_class, config), head=False)
             check_finite(base.path)
@@ -176,19 +167,15 @@ def _same_labels(base: Base, labels: tuple[str, ...]) -> bool:
     return base.config.get("label2id") == {label: i for i, label in enumerate(labels)}
 
 
-def _meta(model_class: Any, config: PretrainedConfig) -> nn.Module:
+def _meta(model_class: Any, config: PretrainedConfig) -> Any:
     """Return the model's skeleton: names and shapes without memory."""
     with torch.device("meta"):
-        skeleton: nn.Module = model_class(config)
-    return skeleton
+        return model_class(config)
 
 
-def _random(model_class: Any, config: PretrainedConfig, *, seed: int, quantized: bool, options: dict[str, Any]) -> Any:
+def _random(model_class: Any, config: PretrainedConfig, *, seed: int, dtype: torch.dtype) -> Any:
     torch.manual_seed(seed)
-    model = model_class(config)
-    if not quantized:
-        return model.to(options["dtype"])
-    return model_class.from_pretrained(None, config=config, state_dict=model.state_dict(), **options)
+    return model_class(config).to(dtype)
 
 
 def _finish(model: Any, base: Base) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from torch import nn
 
 from toolkit.config.schema import QuantizationSettings
 from toolkit.errors import CapabilityError, Problem
-from toolkit.families import FAMILIES, Family
+from toolkit.families import Family
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -74,6 +74,41 @@ def quieten_bitsandbytes() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+class QuantizedLayers:
+    """Puts bitsandbytes layers into a model on the meta device and stores their weights one at a time.
+
+    ``from_pretrained`` would map the whole file and hold what it has read of it beside the codes.
+
+    Args:
+        model: A classifier without memory; changed in place.
+        config: From ``bitsandbytes_config``.
+        device: Where its weights will lie.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: BitsAndBytesConfig, device: torch.device) -> None:
+        from transformers.quantizers import AutoHfQuantizer
+
+        place = {"": device}
+        self._model = model
+        self._quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=False)
+        self._quantizer.validate_environment(device_map=place)
+        self._quantizer.preprocess_model(model=model, device_map=place)
+        self._operation = self._quantizer.get_quantize_ops()
+
+    def store(self, name: str, value: torch.Tensor) -> torch.Tensor | None:
+        """Return what is kept of a weight, or None if it is not quantised."""
+        if not self._quantizer.param_needs_quantization(self._model, name):
+            return None
+        kept: torch.Tensor = self._operation.convert({name: value}, full_layer_name=name, model=self._model)[name]
+        return kept
+
+    def finish(self) -> PreTrainedModel:
+        """Return the model as ``from_pretrained`` would: it says that it is quantised; see ``prepare_quantized``."""
+        self._model.hf_quantizer = self._quantizer
+        self._quantizer.postprocess_model(self._model)
+        return prepare_quantized(self._model)
+
+
 def prepare_quantized(model: PreTrainedModel) -> PreTrainedModel:
     """Freeze a quantised model and make its training and evaluation agree.
 
@@ -81,10 +116,10 @@ def prepare_quantized(model: PreTrainedModel) -> PreTrainedModel:
     unquantised part (154 MB of GPT-2's 200 MB), and switches checkpointing on.
 
     Args:
-        model: A classifier loaded with `bitsandbytes_config`.
+        model: A classifier with bitsandbytes layers.
 
     Returns:
-        The same model: every parameter frozen, the head in fp32.
+        The same model: every parameter frozen.
     """
     import bitsandbytes as bnb
 
@@ -97,21 +132,7 @@ def prepare_quantized(model: PreTrainedModel) -> PreTrainedModel:
             # On AVX512-BF16 CPUs an eval forward would repack the weights in place: the next training step crashes
             # and evaluation computes with bf16 scales.
             module.support_avx512bf16_for_cpu = False
-    for path in FAMILIES[model.config.model_type].head:
-        model.get_submodule(path).float()
-    _leave_files(model)
     return model
-
-
-def _leave_files(model: nn.Module) -> None:
-    """Copy what was not quantised out of the base's mapped files.
-
-    The embeddings would keep the mapping alive, and with it every page that was read to be quantised: 340 MiB of
-    GPT-2's 498 stayed resident beside the 8- or 4-bit weights.
-    """
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu" and parameter.is_floating_point():
-            parameter.data = parameter.data.clone()
 
 
 def _exact_state_class() -> type:

@@ -7,7 +7,7 @@ embedding only the rows that occur are read. What is left of a model in memory i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -92,28 +92,56 @@ class StreamedBlocks:
 def stream_blocks(model: Any, stored: StoredTensors, *, family: Family, count: int, device: torch.device) -> None:
     """Make a classifier on the meta device read its token embedding and first blocks when they run.
 
-    All other weights of the body are loaded; those of the head are the caller's to give.
-
     Args:
         model: The classifier; changed in place, and its ``streamed`` is set if any block is.
         stored: Tensors of its base.
         family: The architecture.
         count: Blocks that are streamed.
-        device: Where the rest is put.
+        device: Where they run.
     """
     plain = model.get_input_embeddings()
     table = next(f"{name}.weight" for name, module in model.named_modules() if module is plain)
     model.set_input_embeddings(StoredEmbedding(stored, table, plain))
-    left = (table, *(f"{family.blocks}.{number}." for number in range(count)), *family.head)
-    resident = {name: stored.read(name).to(device) for name in model.state_dict() if not name.startswith(left)}
-    model.load_state_dict(resident, strict=False, assign=True)
+    if count:
+        model.streamed = StreamedBlocks(model, stored, family=family, count=count, device=device)
+
+
+def load_body(
+    model: Any,
+    stored: StoredTensors,
+    *,
+    family: Family,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    store: Callable[[str, torch.Tensor], torch.Tensor | None] | None = None,
+) -> None:
+    """Give a classifier on the meta device its body's weights, one after another; streamed ones stay where they are.
+
+    Args:
+        model: The classifier; changed in place.
+        stored: Tensors of its base.
+        family: The architecture; its head is left out.
+        device: Where the weights are put.
+        dtype: Of the weights.
+        store: Takes a weight's name and value and returns what is kept instead, or None where that is the value.
+    """
+    blocks: StreamedBlocks | None = getattr(model, "streamed", None)
+    streamed = 0 if blocks is None else blocks.count
+    left = (*(f"{family.blocks}.{number}." for number in range(streamed)), *family.head)
+    on_disk = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, StoredEmbedding)}
+    for name in dict(model.named_parameters()):
+        if name.startswith(left) or name in on_disk:
+            continue
+        value = torch.empty(stored.shape(name), dtype=dtype, device=device)
+        stored.read_into(name, value)
+        kept = None if store is None else store(name, value)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value) if kept is None else kept)
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:  # DistilBERT numbers its positions in a buffer that no file holds.
             owner, _, leaf = name.rpartition(".")
             numbers = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
             model.get_submodule(owner).register_buffer(leaf, numbers, persistent=False)
-    if count:
-        model.streamed = StreamedBlocks(model, stored, family=family, count=count, device=device)
 
 
 def load_head(
