@@ -33,7 +33,7 @@ def _last_line(output: str) -> str:
     return (output.strip().splitlines() or [""])[-1][:200]
 
 
-def train(argument: dict[str, Any]) -> None:
+def train(argument: dict[str, Any]) -> int:
     """Train a LoRA classifier on the world's data, from the last checkpoint where there is one."""
     import transformers
     from peft import LoraConfig, get_peft_model
@@ -58,7 +58,7 @@ def train(argument: dict[str, Any]) -> None:
     last = get_last_checkpoint(argument["output"]) if os.path.isdir(argument["output"]) else None
     trainer.train(resume_from_checkpoint=last)
     model.save_pretrained(f"{argument['output']}/final")
-    os._exit(0)
+    return 0
 
 
 def _inject(trainer: Any, place: str) -> None:
@@ -73,7 +73,7 @@ def _inject(trainer: Any, place: str) -> None:
         trainer.compute_loss = lambda *words, **options: compute(*words, **options) * NAN
 
 
-def merge(argument: dict[str, str]) -> None:
+def merge(argument: dict[str, str]) -> int:
     """Merge an adapter into a base and save the model."""
     import transformers
     from peft import PeftModel
@@ -81,7 +81,7 @@ def merge(argument: dict[str, str]) -> None:
     base = transformers.AutoModelForSequenceClassification.from_pretrained("base", num_labels=3)
     merged = PeftModel.from_pretrained(base, argument["adapter"]).merge_and_unload(safe_merge=True)
     merged.save_pretrained(argument["output"])
-    os._exit(0)
+    return 0
 
 
 def _trained(server: Server, world: Path, **options: Any) -> Any:

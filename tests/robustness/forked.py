@@ -40,7 +40,8 @@ class Job:
         kill_after: Seconds until SIGKILL; 0 sends none.
         file_bytes: Largest file that may be written (RLIMIT_FSIZE).
         twin: File for the answer of the same command line, started once more in the place of a signal.
-        inject: ``module:function`` called in the child before the command, with ``argument``.
+        inject: ``module:function`` called in the child with ``argument``, before the command; a number it returns is
+            the exit code, and there is no command.
         argument: What it is called with.
         environment: Variables to set.
     """
@@ -175,11 +176,12 @@ def child(job: Job, answer: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_bytes, job.file_bytes))
     code = 1
     try:
+        done = None
         if job.inject:
             module, _, name = job.inject.partition(":")
-            inject: Callable[[Any], None] = getattr(__import__(module, fromlist=[name]), name)
-            inject(job.argument)
-        code = main(list(job.words))
+            inject: Callable[[Any], int | None] = getattr(__import__(module, fromlist=[name]), name)
+            done = inject(job.argument)
+        code = main(list(job.words)) if done is None else done
     finally:
         os.write(answer, json.dumps(events.names).encode())
         if sys.exc_info()[0] is not None:

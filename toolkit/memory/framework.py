@@ -9,7 +9,7 @@ MIB = 2**20
 # Resident when recipe, data and base have been read and nothing of them is in memory yet; found by benchmarks/
 # memory_plan.py. CUDA: the driver's context and cuBLAS, which max_memory_allocated does not count; not measured by us.
 FRAMEWORK = {"cpu": 412 * MIB, "cuda": 500 * MIB}
-ADAPTERS = 12 * MIB
+ADAPTERS, QUANTISED = 12 * MIB, 28 * MIB
 # Code and tables that loading a model and the first step bring.
 LATER = {"cpu": 40 * MIB, "cuda": 0}
 # What glibc's heap has free and cannot give back, in tensors of the widest kind that comes and goes: so many a block
@@ -26,7 +26,9 @@ def framework_bytes(recipe: Recipe, *, device: str, found: int | None = None) ->
         device: ``cpu`` or ``cuda``.
         found: Bytes that the process held before tokens and weights were there; None takes what is usual.
     """
-    usual = FRAMEWORK[device] + (ADAPTERS if device == "cpu" and leaves_adapter(recipe.method) else 0)
+    usual = FRAMEWORK[device]
+    if device == "cpu":
+        usual += (ADAPTERS if leaves_adapter(recipe.method) else 0) + (QUANTISED if recipe.quantization else 0)
     return (usual if found is None or device == "cuda" else found) + LATER[device]
 
 

@@ -166,6 +166,7 @@ class Layers:
         if self.setting.bits is not None:
             # Weights are unpacked for each multiplication and thrown away; the 8-bit layer holds on to its input.
             pinned = (source,) if self.setting.bits == 8 else ()
+            tape.widen(weight * self.low)
             result = tape.record(size, (source,), pinned=pinned, workspace=weight * self.low)
         elif trained:
             own = (weight * FULL, layer.fan_out * FULL)

@@ -63,7 +63,7 @@ class Tape:
         accumulating: Gradients of parameters are freed at once: added to those of earlier micro-batches, or used.
         parts: Bytes held now, by part.
         peak: The most bytes held at once.
-        widest: The largest result of an operation, or gradient of a parameter, that is at most ``MAPPED``.
+        widest: The largest result of an operation, unpacked weight or gradient of a parameter of at most ``MAPPED``.
         at_peak: What they were.
     """
 
@@ -136,7 +136,7 @@ class Tape:
             shared: The backward pass hands its own gradient on.
         """
         flows = bool(parameters) or any(value.needs_grad for value in inputs)
-        self._widen(size, *(parameters if flows else ()))
+        self.widen(size, *(parameters if flows else ()))
         result = Value(self.take(size, self.part), size, flows)
         self.touch(workspace + (0 if flows and self._recording else extra))
         if flows:
@@ -151,7 +151,8 @@ class Tape:
             self._nodes.append(Node(result, receiving, tuple(kept), workspace, parameters, shared))
         return result
 
-    def _widen(self, *sizes: int) -> None:
+    def widen(self, *sizes: int) -> None:
+        """Take notice of tensors that come and go."""
         self.widest = max(self.widest, *(size for size in sizes if size <= MAPPED), 0)
 
     def _pin(self, values: tuple[Value, ...]) -> None:
