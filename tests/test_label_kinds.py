@@ -67,15 +67,14 @@ def recipe_of(tmp_path: Path, pico_cache: Any) -> Any:
 @pytest.mark.parametrize("family", ["gpt2", "distilbert"])
 @pytest.mark.parametrize("kind", [SEVERAL, NUMBERS])
 def test_it_learns_and_what_it_leaves_says_what_it_is(recipe_of, tmp_path, kind, family):
-    # Everything on one family, adapters on the other: both are merged, or written anew, below.
-    full = ("method={name: full}", "training.learning_rate=3e-3")
-    record = finetune(recipe_of(kind, family, "run", *(full if family == "gpt2" else ())))
+    much = ("method={name: full}", "training.learning_rate=3e-3", "training.max_steps=120")
+    record = finetune(recipe_of(kind, family, "run", *much))
     run, test = tmp_path / "run", record["metrics"]["test"]
     assert record["problem_type"] == kind
     beside = record["metrics"]["baselines"]
     if kind == SEVERAL:
-        assert test["f1_macro"] > beside["majority"]["f1_macro"] + 0.3
-        assert test["accuracy"] > beside["majority"]["accuracy"] + 0.3
+        assert test["f1_macro"] > beside["majority"]["f1_macro"] + 0.2
+        assert test["mean_average_precision"] > 0.8
         assert beside["tfidf_logistic_regression"]["f1_micro"] > 0.5
     else:
         assert test["mae"] < 0.7 * beside["mean"]["mae"]
@@ -88,7 +87,12 @@ def test_it_learns_and_what_it_leaves_says_what_it_is(recipe_of, tmp_path, kind,
     assert wanted[0] in page
     assert wanted[1] in card
 
-    # A merged model, read by stock transformers, and its pipeline.
+
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+@pytest.mark.parametrize("kind", [SEVERAL, NUMBERS])
+def test_a_merged_model_answers_alike_in_stock_transformers(recipe_of, tmp_path, kind, family):
+    run = tmp_path / "run"
+    finetune(recipe_of(kind, family, "run", "training.max_steps=6", "evaluation.baselines=false"))
     report = merge_adapter(run, tmp_path / "merged")
     assert report.parity.max_abs < 1e-4
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -112,7 +116,7 @@ def test_it_learns_and_what_it_leaves_says_what_it_is(recipe_of, tmp_path, kind,
         own = prediction.scores if kind == SEVERAL else prediction.values
         assert own == pytest.approx(by_name, abs=1e-4)
         if kind == SEVERAL:
-            assert prediction.labels == [name for name, p in by_name.items() if p >= 0.5] or len(prediction.labels) > 1
+            assert set(prediction.labels) == {name for name, p in by_name.items() if p >= 0.5}
 
 
 def test_a_file_is_judged_by_list_or_by_columns(recipe_of, tmp_path, capsys):
