@@ -35,11 +35,12 @@ def build_run(
     method: Method = LORA,
     quantization: QuantizationSettings | None = None,
     dtype: str = "fp32",
+    problem_type: Any = "single_label_classification",
 ) -> Path:
     """Write a run folder whose trained weights are random and large enough to change every answer."""
     folder.mkdir(parents=True)
     found = resolve_base(ModelSettings(base=str(base), max_length=MAX_LENGTH))
-    model = train(found, method=method, quantization=quantization)
+    model = train(found, method=method, quantization=quantization, problem_type=problem_type)
     adapter = leaves_adapter(method)
     artifact = folder / ("adapter" if adapter else "model")
     if adapter:
@@ -47,14 +48,24 @@ def build_run(
         copy_tokenizer(found.path, artifact, model_type=found.family.model_type, max_length=MAX_LENGTH)
     else:
         save_model(model, artifact, tokenizer_from=found.path, max_length=MAX_LENGTH, dtype=dtype)
-    write_manifest(artifact, facts_of(found, method=method.model_dump(), quantization=quantization, adapter=adapter))
+    facts = facts_of(found, method=method.model_dump(), quantization=quantization, adapter=adapter)
+    write_manifest(artifact, facts.model_copy(update={"problem_type": problem_type}))
     return folder
 
 
-def train(base: Base, *, method: Any, quantization: QuantizationSettings | None, seed: int = 3) -> nn.Module:
+def train(
+    base: Base,
+    *,
+    method: Any,
+    quantization: QuantizationSettings | None,
+    seed: int = 3,
+    problem_type: Any = "single_label_classification",
+) -> nn.Module:
     """Stand in for training: draw what the method trains."""
     device = torch.device("cpu")
-    model = load_classifier(base, labels=LABELS, quantization=quantization, seed=0, device=device)
+    model = load_classifier(
+        base, labels=LABELS, problem_type=problem_type, quantization=quantization, seed=0, device=device
+    )
     trained = apply_method(model, method, family=base.family, base_name=base.name_or_path, seed=1)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -140,7 +140,11 @@ def evaluate(
     model: Folder,
     data: Annotated[str, typer.Option("--data", help="Labelled csv, tsv, jsonl, parquet or npy file.")],
     text_column: Annotated[str, typer.Option("--text-column")] = "text",
-    label_column: Annotated[str, typer.Option("--label-column")] = "label",
+    label_column: Annotated[
+        str | None,
+        typer.Option("--label-column", help="Default: label; of several labels or numbers: a column for each."),
+    ] = None,
+    label_separator: Annotated[str, typer.Option("--label-separator", help="Between the labels of a list.")] = "|",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -148,7 +152,14 @@ def evaluate(
     """Measure a trained classifier on a labelled file."""
     from toolkit.inference.evaluate import evaluate as evaluate_file
 
-    metrics = evaluate_file(model, data, text_column=text_column, label_column=label_column, batch_size=batch_size)
+    metrics = evaluate_file(
+        model,
+        data,
+        text_column=text_column,
+        label_column=label_column,
+        label_separator=label_separator,
+        batch_size=batch_size,
+    )
     if as_json:
         sys.stdout.write(json.dumps(metrics) + "\n")
     else:
@@ -156,17 +167,21 @@ def evaluate(
 
 
 def print_metrics(metrics: Any) -> None:
-    """Print the figures of an evaluation as a table per label."""
+    """Print the figures of an evaluation as a table per label, or per target."""
     from rich.table import Table
 
-    low, high = metrics["accuracy_interval"]
     OUT.print(f"rows {metrics['rows']:,}  loss {metrics['loss']:.4f}")
-    OUT.print(f"accuracy {metrics['accuracy']:.4f}  (95 % interval {low:.4f} to {high:.4f})")
-    OUT.print(f"f1_macro {metrics['f1_macro']:.4f}  mcc {metrics['mcc']:.4f}  ece {metrics['ece']:.4f}")
-    table = Table("label", "precision", "recall", "f1", "rows", box=None)
-    for label, figures in metrics["per_label"].items():
-        shown = [f"{figures[name]:.4f}" for name in ("precision", "recall", "f1")]
-        table.add_row(label, *shown, f"{figures['support']:,}")
+    if "accuracy" in metrics:
+        low, high = metrics["accuracy_interval"]
+        OUT.print(f"accuracy {metrics['accuracy']:.4f}  (95 % interval {low:.4f} to {high:.4f})")
+    shown = ("f1_macro", "f1_micro", "mean_average_precision", "mcc", "ece", "mae", "r2", "pearson", "spearman")
+    OUT.print("  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics))
+    each = metrics["per_label"] if "per_label" in metrics else metrics["per_target"]
+    columns = list(next(iter(each.values())))
+    table = Table("label", *(column.replace("support", "rows") for column in columns), box=None)
+    for label, figures in each.items():
+        cells = (figures[name] for name in columns)
+        table.add_row(label, *(f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for value in cells))
     OUT.print(table)
 
 

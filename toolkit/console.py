@@ -23,7 +23,13 @@ class _Terminal(Console):
 
 OUT = _Terminal(highlight=False)
 ERR = _Terminal(stderr=True, highlight=False)
-NAMES = {"majority": "commonest label", "tfidf_logistic_regression": "TF-IDF with logistic regression"}
+NAMES = {
+    "majority": "commonest label",
+    "tfidf_logistic_regression": "TF-IDF with logistic regression",
+    "mean": "mean",
+    "tfidf_ridge": "TF-IDF with ridge regression",
+}
+FIGURES = ("accuracy", "f1_macro", "f1_micro", "mean_average_precision", "r2", "spearman", "mae", "loss")
 
 
 def human_bytes(count: float) -> str:
@@ -139,7 +145,8 @@ def _rows(record: RunRecord) -> list[tuple[str, str]]:
             rows.append((part, _figures(metrics)))
     if record["metrics"]["baselines"]:
         beside = record["metrics"]["baselines"].items()
-        rows.append(("beside", "  ".join(f"{NAMES[name]} {figures['accuracy']:.4f}" for name, figures in beside)))
+        shown = "accuracy" if record["problem_type"] != "regression" else "mae"
+        rows.append(("beside", "  ".join(f"{NAMES[name]} {figures[shown]:.4f}" for name, figures in beside)))
     memory = record["memory"]
     predicted = memory["predicted_bytes"]
     rows.append(
@@ -155,7 +162,7 @@ def _rows(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _figures(metrics: Mapping[str, Any]) -> str:
-    text = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("accuracy", "f1_macro", "loss") if name in metrics)
+    text = "  ".join(f"{name} {metrics[name]:.4f}" for name in FIGURES if name in metrics)
     interval = metrics.get("accuracy_interval")
     return text + (f"  (accuracy 95 % interval {interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
 

@@ -50,6 +50,7 @@ def build_record(
         "name": folder.path.resolve().name,
         "status": "stopped early" if progress.stopped_early else "finished",
         "objective": recipe.objective,
+        "problem_type": recipe.data.problem_type,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "base": named,
         "artifact": {"kind": artifact, "folder": artifact, "max_length": recipe.model.max_length},
@@ -108,14 +109,14 @@ def write_reports(record: RunRecord, *, recipe: Recipe, folder: RunFolder, mista
 
 def error_examples(mistakes: list[Mistake], data: LoadedData) -> list[ErrorExample]:
     """Return wrong test predictions with their texts; none where the rows are token ids."""
-    texts, labels = data.test.texts, data.label_map
-    if texts is None or labels is None:
+    texts = data.test.texts
+    if texts is None:
         return []
     return [
         {
             "text": str(texts[mistake.row]),
-            "label": labels.names[mistake.label],
-            "predicted": labels.names[mistake.predicted],
+            "label": mistake.label,
+            "predicted": mistake.predicted,
             "probability": mistake.probability,
         }
         for mistake in mistakes

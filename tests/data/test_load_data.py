@@ -12,6 +12,7 @@ from toolkit.config.schema import DataSettings
 from toolkit.data.labels import LabelMap
 from toolkit.data.load import load_data, load_part
 from toolkit.data.parts import LoadedData
+from toolkit.data.targets import TargetFormat
 from toolkit.errors import DataError
 
 WriteFile = Callable[[str, "bytes | str"], str]
@@ -181,12 +182,12 @@ def test_nothing_is_written_when_the_data_are_wrong(write: WriteFile, tmp_path: 
 def test_load_part(write: WriteFile) -> None:
     labels = LabelMap(("spam", "ham"))
     path = write("a.csv", table(1, 2))
-    part, origin = load_part(path, text_column="text", label_column="label", label_map=labels)
+    part, origin = load_part(path, text_column="text", targets=TargetFormat(), label_map=labels)
     assert part.labels is not None
     assert part.labels.tolist() == [0, 1, 1]
     assert origin.rows == len(part) == 3
     with pytest.raises(DataError, match="'ham' is not one of the labels"):
-        load_part(path, text_column="text", label_column="label", label_map=LabelMap(("a", "spam")))
+        load_part(path, text_column="text", targets=TargetFormat(), label_map=LabelMap(("a", "spam")))
 
 
 def test_the_real_sms_set_is_read_exactly(shared: Path) -> None:

@@ -29,6 +29,7 @@ def record_of(run: Path) -> Any:
         "artifact": {"kind": artifact.kind, "folder": artifact.folder.name, "max_length": MAX_LENGTH},
         "data": {"labels": list(LABELS)},
         "quantization": manifest.quantization,
+        "problem_type": manifest.problem_type,
     }
 
 
@@ -70,3 +71,22 @@ def test_model(family: str, pico_cache: PicoFolder, tmp_path: Path, monkeypatch:
     (prediction,) = Classifier.load(run, device="cpu").predict(["A text to classify"])
     found = {score["label"]: score["score"] for score in ast.literal_eval(line)[0]}
     assert found == pytest.approx(prediction.scores, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_other_kinds_of_labels(
+    problem_type: str, pico_cache: PicoFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter's snippet names the kind; the model's pipeline reads it in config.json."""
+    for method, family in ((LORA, "gpt2"), (FullMethod(name="full"), "distilbert")):
+        run = build_run(tmp_path / family, pico_cache(family), method=method, problem_type=problem_type)
+        monkeypatch.chdir(run)
+        line = execute(loading_snippet(record_of(run)))[0]
+        (prediction,) = Classifier.load(run, device="cpu").predict(["A text to classify"])
+        expected = prediction.values if problem_type == "regression" else prediction.scores
+        found = ast.literal_eval(line.removeprefix("A text to classify"))
+        if method is not LORA:
+            found = {score["label"]: score["score"] for score in found[0]}
+        assert found == pytest.approx(expected, abs=1e-4)
+        assert sum(expected.values()) != pytest.approx(1, abs=1e-3)

@@ -71,6 +71,8 @@ def test_one_step_of_every_recipe(path, tmp_path, pico_cache, texts, token_ids):
     named = f"{recipe.model.base} {recipe.model.offline_base}"
     family = "distilbert" if "distilbert" in named else "gpt2"
     source = token_ids if (recipe.data.source or "").endswith(".npy") else texts
+    if (recipe.data.source or "").startswith("recipes/data/"):
+        source = str(ROOT.parent / str(recipe.data.source))
     overrides = [
         f"model.base={pico_cache(family)}", "model.max_length=16", f"data.source={source}",
         "data.split={train: 0.6, validation: 0.2, test: 0.2}", "training.max_steps=1", "training.batch_size=4",

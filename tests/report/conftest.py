@@ -13,6 +13,7 @@ RECORD: RunRecord = {
     "name": "gpt2_qlora_4bit",
     "status": "finished",
     "objective": "classification",
+    "problem_type": "single_label_classification",
     "created": "2026-11-22T22:40:00Z",
     "base": {
         "requested": "openai-community/gpt2",

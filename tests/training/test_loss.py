@@ -11,7 +11,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 from toolkit.config.schema import LossSettings
-from toolkit.training.loss import class_weights, classification_loss, row_weight
+from toolkit.training.loss import class_weights, classification_loss, no_labels, row_weight, target_loss
 
 LABELS = torch.tensor([0, 2, 1, 2, 2, -100, 0, 2])
 GIVEN = [0.5, 3.0, 1.25]
@@ -74,3 +74,55 @@ def test_balanced_weights_are_those_of_scikit_learn() -> None:
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
     torch.testing.assert_close(found.double(), torch.from_numpy(expected), atol=0, rtol=1e-6)
     assert row_weight(torch.from_numpy(labels), found) == pytest.approx(len(labels))
+
+
+SETS = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 0.0]])
+NUMBERS = torch.tensor([[1.5, 0.0, -100.0], [2.0, 3.0, 0.5], [0.0, 0.0, 0.0], [7.0, -1.0, 2.0]])
+
+
+def pieces_of(targets: torch.Tensor, kind: Any, settings: LossSettings, weights: torch.Tensor | None) -> Any:
+    """Return loss and gradient as the trainer makes them, of two pieces and an empty one."""
+    found = logits()[:4]
+    total = row_weight(targets, weights)
+    parts = [(found[:1], targets[:1]), (found[1:], targets[1:]), (found[:1], no_labels(targets[:1]))]
+    loss = sum(target_loss(a, b, problem_type=kind, settings=settings, weights=weights) for a, b in parts) / total
+    return loss.detach(), torch.autograd.grad(loss, found)[0]
+
+
+@pytest.mark.parametrize("given", [None, GIVEN], ids=["plain", "weighted"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_several_labels_have_the_mean_of_torchs_loss(smoothing: float, given: Any) -> None:
+    weights = class_weights(given, SETS, classes=3)
+    settings = LossSettings(label_smoothing=smoothing)
+    loss, gradient = pieces_of(SETS, "multi_label_classification", settings, weights)
+    plain = logits()[:4]
+    smoothed = SETS * (1 - smoothing) + smoothing / 2
+    expected = nn.BCEWithLogitsLoss(pos_weight=weights)(plain, smoothed)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, plain)[0])
+
+
+def test_focal_loss_of_several_labels_is_its_formula_in_double_precision() -> None:
+    loss, gradient = pieces_of(SETS, "multi_label_classification", LossSettings(focal_gamma=2.0), None)
+    plain = logits()[:4]
+    p = plain.double().sigmoid()
+    p = torch.where(SETS > 0, p, 1 - p)
+    expected = -((1 - p) ** 2 * p.log()).mean()
+    torch.testing.assert_close(loss.double(), expected.detach(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, plain)[0], atol=1e-6, rtol=1e-5)
+
+
+def test_numbers_have_the_mean_of_torchs_squared_error() -> None:
+    loss, gradient = pieces_of(NUMBERS, "regression", LossSettings(), None)
+    plain = logits()[:4]
+    expected = nn.MSELoss()(plain, NUMBERS)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, plain)[0])
+
+
+def test_balanced_weights_of_several_labels_make_both_sides_weigh_the_same() -> None:
+    sets = torch.tensor([[1, 0, 0, 1], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]], dtype=torch.uint8)
+    found = class_weights("balanced", sets, classes=4)
+    assert found is not None
+    # Labels that no row has, or that every row has, stay as they are.
+    torch.testing.assert_close(found, torch.tensor([3.0, 1.0, 1 / 3, 1.0]))

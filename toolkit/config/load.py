@@ -174,6 +174,9 @@ def _fill_in(data: dict[str, Any], *, name: str) -> None:
         method.setdefault("name", "lora")
     if data.get("objective") == "language_modeling":
         data.setdefault("method", {"name": "full"})
+    rows = data.get("data")
+    numbers = isinstance(rows, dict) and rows.get("problem_type") == "regression"
+    if numbers or data.get("objective") == "language_modeling":
         evaluation = data.setdefault("evaluation", {})
         if isinstance(evaluation, dict):
             evaluation.setdefault("metric", "loss")

@@ -33,7 +33,7 @@ def _split_sum(recipe: Recipe) -> float:
 
 
 def _labels_repeat(recipe: Recipe) -> bool:
-    labels = recipe.data.labels or []
+    labels = _named_labels(recipe) or []
     return len(set(labels)) < len(labels)
 
 
@@ -47,6 +47,25 @@ def _is_variant(recipe: Recipe, variant: str) -> bool:
 
 def _bits(recipe: Recipe) -> int | None:
     return None if recipe.quantization is None else recipe.quantization.bits
+
+
+def _is_single(recipe: Recipe) -> bool:
+    return recipe.data.problem_type == "single_label_classification"
+
+
+def _is_regression(recipe: Recipe) -> bool:
+    return recipe.data.problem_type == "regression"
+
+
+METRICS = {
+    "single_label_classification": ("accuracy", "f1_macro", "loss"),
+    "multi_label_classification": ("accuracy", "f1_macro", "f1_micro", "mean_average_precision", "loss"),
+    "regression": ("loss", "r2", "spearman"),
+}
+
+
+def _named_labels(recipe: Recipe) -> list[str] | None:
+    return recipe.data.labels or recipe.data.label_columns
 
 
 def _lists_weights(recipe: Recipe, *, other_than: int) -> bool:
@@ -206,9 +225,46 @@ RULES = (
     ),
     Rule(
         ("training", "loss", "class_weights"),
-        lambda r: r.data.labels is not None and _lists_weights(r, other_than=len(r.data.labels)),
+        lambda r: _lists_weights(r, other_than=len(_named_labels(r) or [])) and _named_labels(r) is not None,
         "the number of weights is not that of the labels",
-        "one weight for each of data.labels",
+        "one weight for each label",
+    ),
+    Rule(
+        ("data", "problem_type"),
+        lambda r: r.objective != "classification" and not _is_single(r),
+        "belongs to objective classification",
+        "leave problem_type out, or objective: classification",
+    ),
+    Rule(
+        ("data", "label_columns"),
+        lambda r: r.data.label_columns is not None and _is_single(r),
+        "a text with one label has it in one column",
+        "data.label_column, or problem_type multi_label_classification or regression",
+    ),
+    Rule(
+        ("data", "labels"),
+        lambda r: r.data.labels is not None and (_is_regression(r) or r.data.label_columns is not None),
+        "numbers have no labels, and label_columns name their own",
+        "leave labels out",
+    ),
+    Rule(
+        ("data", "balance"),
+        lambda r: r.data.balance is not None and not _is_single(r),
+        "rows that have several labels, or numbers, cannot be balanced by row",
+        "leave balance out; training.loss.class_weights: balanced weighs labels",
+    ),
+    Rule(
+        ("training", "loss"),
+        lambda r: _is_regression(r) and r.training.loss != LossSettings(),
+        "numbers have no labels to weigh",
+        "leave loss out",
+    ),
+    Rule(
+        ("evaluation", "metric"),
+        lambda r: r.objective == "classification" and r.evaluation.metric not in METRICS[r.data.problem_type],
+        "is no metric of this problem_type",
+        "single_label_classification: accuracy, f1_macro, loss; multi_label_classification: those, f1_micro, "
+        "mean_average_precision; regression: loss, r2, spearman",
     ),
     Rule(
         ("evaluation", "metric"),

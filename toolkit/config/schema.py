@@ -19,6 +19,7 @@ def _label_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 Label = Annotated[str, Field(min_length=1), BeforeValidator(_label_text)]
 
 
@@ -59,7 +60,23 @@ class DataSettings(Section):
     validation: Name | None = Field(default=None, description="File of validation rows; else cut from train.")
     test: Name | None = Field(default=None, description="File of test rows; else cut from train.")
     text_column: Name = Field(default="text", description="Column that holds the text.")
-    label_column: Name = Field(default="label", description="Column that holds the label.")
+    problem_type: ProblemType = Field(
+        default="single_label_classification",
+        description="single_label_classification: one label a text (softmax). multi_label_classification: any number "
+        "of labels, each yes or no (sigmoid). regression: numbers.",
+    )
+    label_column: Name = Field(
+        default="label",
+        description="Column that holds the label; with several labels a list of them; with regression the number.",
+    )
+    label_columns: Annotated[list[Name], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Instead of label_column: a column of 0 and 1 for each label (multi_label_classification), or a "
+        "column of numbers for each target (regression).",
+    )
+    label_separator: Annotated[str, Field(min_length=1)] = Field(
+        default="|", description="Between the labels of a list in csv and tsv; a JSON list needs none."
+    )
     labels: Annotated[list[Label], Field(min_length=2)] | None = Field(
         default=None, description="Label names in id order; null takes the sorted names found."
     )
@@ -98,11 +115,16 @@ class PrefixCacheSettings(Section):
 
 
 class LossSettings(Section):
-    """The loss of a classifier; validation is judged by plain cross entropy whatever this says."""
+    """The loss of a classifier; validation is judged by the plain one whatever this says.
+
+    Plain: cross entropy; binary cross entropy, averaged over labels, where a text may have several; squared error of
+    numbers.
+    """
 
     class_weights: Literal["balanced"] | Annotated[list[PositiveFloat], Field(min_length=2)] | None = Field(
         default=None,
-        description="Weight of each label's rows, in id order. balanced: rows / (labels * rows of the label).",
+        description="Weight of each label's rows, in id order. balanced: rows / (labels * rows of the label). Where a "
+        "text may have several labels: weight of the rows that have the label; balanced: rows without / rows with it.",
     )
     label_smoothing: Fraction = Field(
         default=0.0, description="Share of the target that is spread over all labels (arXiv:1512.00567)."
@@ -174,7 +196,11 @@ class EvaluationSettings(Section):
     """When validation runs and what picks the best checkpoint."""
 
     every: Literal["epoch", "end"] | PositiveInt = Field(default="epoch", description="epoch, end, or steps.")
-    metric: Literal["accuracy", "f1_macro", "loss"] = Field(default="accuracy", description="Picks the best.")
+    metric: Literal["accuracy", "f1_macro", "loss", "f1_micro", "mean_average_precision", "r2", "spearman"] = Field(
+        default="accuracy",
+        description="Picks the best. accuracy and f1_macro of labels; f1_micro and mean_average_precision where a text "
+        "may have several (accuracy then counts texts whose labels are all right); r2 and spearman of numbers; loss.",
+    )
     early_stopping_patience: PositiveInt | None = Field(
         default=None, description="Stop after this many evaluations without a better metric."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tokenize
 import zipfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from toolkit.data.rows import (
     Rows,
     missing_columns,
     too_many_labels,
+    wanted_columns,
     wrong_text,
 )
 from toolkit.data.tokens import TokenTable
@@ -29,28 +31,32 @@ NPY_ROWS = 65_536
 NPY_ERRORS = (ValueError, EOFError, OSError, SyntaxError, RecursionError, tokenize.TokenError, zipfile.BadZipFile)
 
 
-def read_parquet(path: Path, where: str, *, text_column: str, label_column: str | None) -> Rows:
-    """Read two columns of a parquet file; row i counts as line i + 1.
+def read_parquet(
+    path: Path, where: str, *, text_column: str, label_column: str | None, others: tuple[str, ...] = ()
+) -> Rows:
+    """Read columns of a parquet file; row i counts as line i + 1.
 
     Raises:
         DataError: Not parquet, a missing or wrongly typed column, a null, an empty text.
     """
-    wanted = [("data.text_column", text_column), ("data.label_column", label_column)]
+    wanted = wanted_columns(text_column, label_column, others)
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             problems = missing_columns(where, names, wanted)
-            problems += [Problem(where, c, "the column occurs twice") for _, c in wanted if c and names.count(c) > 1]
+            problems += [Problem(where, c, "the column occurs twice") for _, c in wanted if names.count(c) > 1]
             if problems:
                 raise DataError(problems)
-            table = file.read(columns=[column for _, column in wanted if column is not None])
+            table = file.read(columns=list(dict.fromkeys(column for _, column in wanted)))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(Problem(where, "", f"not a readable parquet file: {str(error)[:120]}")) from error
-    return rows_of_table(table, where, text_column=text_column, label_column=label_column)
+    return rows_of_table(table, where, text_column=text_column, label_column=label_column, others=others)
 
 
-def rows_of_table(table: pa.Table, where: str, *, text_column: str, label_column: str | None) -> Rows:
-    """Return the text and label columns of an Arrow table as rows.
+def rows_of_table(
+    table: pa.Table, where: str, *, text_column: str, label_column: str | None, others: tuple[str, ...] = ()
+) -> Rows:
+    """Return the text, label and other columns of an Arrow table as rows.
 
     Raises:
         DataError: A column of another type, a null, an empty text, no rows.
@@ -64,8 +70,25 @@ def rows_of_table(table: pa.Table, where: str, *, text_column: str, label_column
     if label_column is not None:
         strings = _strings(table.column(label_column), where, label_column, numbers=True)
         labels = _labels(strings, problems, label_column)
+    further = {name: _other(table.column(name), problems, name) for name in others}
     problems.raise_if_any()
-    return Rows(where, texts, None, labels)
+    return Rows(where, texts, None, labels, others=further)
+
+
+def _other(column: pa.ChunkedArray, problems: ProblemList, name: str) -> LabelColumn:
+    """Code a column of any type: lists as their JSON, all else as the string that Arrow makes of it."""
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in column.to_pylist()]
+    else:
+        try:
+            values = column.cast(pa.large_string()).to_pylist()
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            wrong = f"the column holds {column.type}"
+            raise DataError(Problem(problems.where, name, wrong, "strings, numbers, times or lists")) from error
+    for row, value in enumerate(values):
+        if value is None:
+            problems.add(row + 1, name, "null", "a value in every row")
+    return LabelColumn.from_strings(value or "" for value in values)
 
 
 def _strings(column: pa.ChunkedArray, where: str, name: str, *, numbers: bool) -> pa.ChunkedArray:

@@ -7,22 +7,23 @@ import torch
 from numpy.typing import NDArray
 
 from toolkit.data.shuffle import epoch_order as epoch_order
+from toolkit.data.targets import Targets
 from toolkit.data.tokens import TokenTable, gather
 
 
 def collate(
-    table: TokenTable, labels: NDArray[np.int64] | None, rows: NDArray[np.int64], *, pad_id: int
+    table: TokenTable, labels: Targets | None, rows: NDArray[np.int64], *, pad_id: int
 ) -> dict[str, torch.Tensor]:
     """Return a batch, padded on the right to its longest row.
 
     Args:
         table: All rows.
-        labels: int64, shape (all rows,); None leaves them out.
+        labels: Of all rows (``data.targets``); None leaves them out.
         rows: Which rows, int64, shape (B,).
         pad_id: Fills short rows.
 
     Returns:
-        ``input_ids`` and ``attention_mask``, int64, shape (B, T), and ``labels``, int64, shape (B,).
+        ``input_ids`` and ``attention_mask``, int64, shape (B, T), and ``labels`` of ``target_tensor``.
     """
     lengths = table.lengths_of(rows)
     real = np.arange(lengths.max(initial=0)) < lengths[:, None]
@@ -31,8 +32,14 @@ def collate(
     ids[real] = gather(table.ids, table.offsets[:-1][rows], lengths).ids
     batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(real.astype(np.int64))}
     if labels is not None:
-        batch["labels"] = torch.from_numpy(np.asarray(labels[rows], dtype=np.int64))
+        batch["labels"] = target_tensor(labels, rows)
     return batch
+
+
+def target_tensor(labels: Targets, rows: NDArray[np.int64]) -> torch.Tensor:
+    """Return label ids int64 (B,), or label sets and numbers float32 (B, targets)."""
+    kind = np.int64 if labels.ndim == 1 else np.float32
+    return torch.from_numpy(np.asarray(labels[rows], dtype=kind))
 
 
 def lm_blocks(

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from toolkit.data.files import bounded_lines, open_text
-from toolkit.data.rows import MAX_CHARACTERS, ProblemList, RowBuilder, Rows, missing_columns
+from toolkit.data.rows import MAX_CHARACTERS, ProblemList, RowBuilder, Rows, missing_columns, wanted_columns
 from toolkit.errors import DataError, Problem, nearest
 
 NAMES = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
@@ -25,12 +25,14 @@ class Columns:
         label: Column of the label; None reads no labels.
         header: Column names of a file that has no header line; None: the first line holds them.
         only: A column and the value it must have; other rows are passed over.
+        others: Further columns, kept as they are.
     """
 
     text: str
     label: str | None
     header: tuple[str, ...] | None = None
     only: tuple[str, str] | None = None
+    others: tuple[str, ...] = ()
 
 
 def read_csv(path: Path, where: str, columns: Columns) -> Rows:
@@ -129,7 +131,7 @@ def _header(records: Iterator[Record], where: str, delimiter: str) -> list[str]:
 
 
 def _check_columns(header: Sequence[str], where: str, columns: Columns, delimiter: str) -> None:
-    wanted = [("data.text_column", columns.text), ("data.label_column", columns.label)]
+    wanted = wanted_columns(columns.text, columns.label, columns.others)
     problems = missing_columns(f"{where}:1", header, wanted)
     if not problems:
         return
@@ -137,13 +139,12 @@ def _check_columns(header: Sequence[str], where: str, columns: Columns, delimite
         wrong = f"the fields are separated by a {NAMES[other]}, expected a {NAMES[delimiter]}"
         fix = {",": "name the file .csv", "\t": "name the file .tsv"}.get(other, "save it with commas or tabs")
         raise DataError(Problem(f"{where}:1", "header", wrong, fix))
-    needed = sum(column is not None for _, column in wanted)
     right = ""
-    if len(problems) == needed and len(header) >= needed:
+    if len(problems) == len(wanted) and len(header) >= len(wanted):
         right = f"{problems[0].right}; is the header line missing?"
     raise DataError(
         Problem(problem.where, problem.field, problem.wrong, right or f"{problem.right}{_near(column, header)}")
-        for problem, column in zip(problems, [c for _, c in wanted if c is not None and c not in header], strict=True)
+        for problem, column in zip(problems, [c for _, c in wanted if c not in header], strict=True)
     )
 
 
@@ -157,7 +158,8 @@ def _other_delimiter(header: Sequence[str], columns: Columns, delimiter: str) ->
     text = delimiter.join(header)
     for other in NAMES:
         fields = [field.strip('"') for field in text.split(other)]
-        if other != delimiter and (columns.text in fields or columns.label in fields) and len(fields) > 1:
+        wanted = {columns.text, columns.label, *columns.others}
+        if other != delimiter and wanted & set(fields) and len(fields) > 1:
             return other
     return ""
 
@@ -165,15 +167,16 @@ def _other_delimiter(header: Sequence[str], columns: Columns, delimiter: str) ->
 def _fill(
     records: Iterator[Record], header: Sequence[str], columns: Columns, problems: ProblemList, delimiter: str
 ) -> Rows:
-    builder = RowBuilder(problems, text_column=columns.text, label_column=columns.label)
+    builder = RowBuilder(problems, text_column=columns.text, label_column=columns.label, others=columns.others)
     width, text = len(header), header.index(columns.text)
     label = text if columns.label is None else header.index(columns.label)
+    others = [header.index(name) for name in columns.others]
     keep = _filter(header, columns.only)
     for line, fields in records:
         if len(fields) != width:
             _wrong_width(problems, line, fields, header, delimiter)
         elif keep(fields):
-            builder.add(fields[text], fields[label], line)
+            builder.add(fields[text], fields[label], line, [fields[index] for index in others])
     return builder.finish()
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from toolkit.data.arrays import rows_of_table
 from toolkit.data.cache import offline
-from toolkit.data.rows import Origin, Rows, missing_columns
+from toolkit.data.rows import Origin, Rows, missing_columns, wanted_columns
 from toolkit.errors import CapabilityError, DataError, Problem
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.\[\]:%+-]+)?", flags=re.AS
 SECONDS = 3.0
 
 
-def read_hub_dataset(where: str, *, text_column: str, label_column: str | None) -> tuple[Rows, Origin]:
+def read_hub_dataset(
+    where: str, *, text_column: str, label_column: str | None, others: tuple[str, ...] = ()
+) -> tuple[Rows, Origin]:
     """Read ``owner/name[:config][@split]``; without a split, ``train``.
 
     Raises:
@@ -48,28 +50,35 @@ def read_hub_dataset(where: str, *, text_column: str, label_column: str | None) 
     except (OSError, ValueError) as error:
         wrong = f"the data set cannot be loaded: {str(error)[:200]}"
         raise DataError(Problem(where, "data.source", wrong, "a reachable hub id, or a data file")) from error
-    rows = rows_of_dataset(dataset, where, text_column=text_column, label_column=label_column)
+    rows = rows_of_dataset(dataset, where, text_column=text_column, label_column=label_column, others=others)
     licence = dataset.info.license or None
     return rows, Origin(where, f"hub data set {where}", content_sha256(rows), len(rows), licence)
 
 
-def rows_of_dataset(dataset: Dataset, where: str, *, text_column: str, label_column: str | None) -> Rows:
+def rows_of_dataset(
+    dataset: Dataset, where: str, *, text_column: str, label_column: str | None, others: tuple[str, ...] = ()
+) -> Rows:
     """Return the rows of a loaded data set; class ids become their class names.
 
     Raises:
         DataError: A column is missing or has another type, or a row is wrong.
     """
-    wanted = [("data.text_column", text_column), ("data.label_column", label_column)]
+    wanted = wanted_columns(text_column, label_column, others)
     problems = missing_columns(where, dataset.column_names, wanted)
     if problems:
         raise DataError(problems)
-    names = [column for _, column in wanted if column is not None]
-    flat = dataset.select_columns(names).with_format("arrow")
+    flat = dataset.select_columns(list(dict.fromkeys(column for _, column in wanted))).with_format("arrow")
     table: pa.Table = flat[:]
     classes: list[str] | None = getattr(dataset.features.get(label_column), "names", None)
     if label_column is not None and classes:
         table = _named(table, label_column, classes)
-    return rows_of_table(table, where, text_column=text_column, label_column=label_column)
+    for name in others:
+        # Lists of class ids, or one id, become the names.
+        feature = dataset.features[name]
+        classes = getattr(getattr(feature, "feature", feature), "names", None)
+        if classes:
+            table = _named_lists(table, name, classes)
+    return rows_of_table(table, where, text_column=text_column, label_column=label_column, others=others)
 
 
 def _named(table: pa.Table, column: str, classes: list[str]) -> pa.Table:
@@ -79,13 +88,22 @@ def _named(table: pa.Table, column: str, classes: list[str]) -> pa.Table:
     return table.set_column(table.column_names.index(column), column, pa.array(named, type=pa.large_string()))
 
 
+def _named_lists(table: pa.Table, column: str, classes: list[str]) -> pa.Table:
+    named = [
+        value if value is None else classes[value] if isinstance(value, int) else [classes[one] for one in value]
+        for value in table.column(column).to_pylist()
+    ]
+    return table.set_column(table.column_names.index(column), column, pa.array(named))
+
+
 def content_sha256(rows: Rows) -> str:
     """Return the SHA-256 of texts and labels, which has no file to be taken from."""
     digest = hashlib.sha256()
     texts = rows.texts if rows.texts is not None else ()
     for row, text in enumerate(texts):
         label = "" if rows.labels is None else rows.labels[row]
-        digest.update(f"{label}\0{text.as_py()}\0".encode())
+        further = "".join(f"{column[row]}\0" for column in rows.others.values())
+        digest.update(f"{label}\0{text.as_py()}\0{further}".encode())
     return digest.hexdigest()
 
 

@@ -28,14 +28,16 @@ def _constant(name: str) -> object:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
-def read_jsonl(path: Path, where: str, *, text_column: str, label_column: str | None) -> Rows:
-    """Read JSON lines; texts are strings, labels strings or integers.
+def read_jsonl(
+    path: Path, where: str, *, text_column: str, label_column: str | None, others: tuple[str, ...] = ()
+) -> Rows:
+    """Read JSON lines; texts are strings, labels strings or integers, other values are kept as their JSON.
 
     Raises:
         DataError: A line is no JSON object, lacks a key, or holds another type; every wrong line is named.
     """
     problems = ProblemList(where)
-    builder = RowBuilder(problems, text_column=text_column, label_column=label_column)
+    builder = RowBuilder(problems, text_column=text_column, label_column=label_column, others=others)
     with open_text(path) as handle:
         for number, line in enumerate(bounded_lines(handle, where), start=1):
             if not line.strip():
@@ -45,8 +47,10 @@ def read_jsonl(path: Path, where: str, *, text_column: str, label_column: str | 
                 continue
             text = _string(record, text_column, number, problems, numbers=False)
             label = "" if label_column is None else _string(record, label_column, number, problems, numbers=True)
-            if text is not None and label is not None:
-                builder.add(text, label, number)
+            further = [_other(record, name, number, problems) for name in others]
+            known = [value for value in further if value is not None]
+            if text is not None and label is not None and len(known) == len(others):
+                builder.add(text, label, number, known)
     return builder.finish()
 
 
@@ -80,6 +84,17 @@ def _string(record: dict[str, object], key: str, number: int, problems: ProblemL
     else:
         wrong = json.dumps(value)[:60]
         problems.add(number, key, wrong, "a string or an integer" if numbers else "a string")
+    return None
+
+
+def _other(record: dict[str, object], key: str, number: int, problems: ProblemList) -> str | None:
+    value = record.get(key)
+    if value is not None:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if key in record:
+        problems.add(number, key, "null", "a value in every row")
+    for problem in missing_columns(problems.where, record, [("data", key)]):
+        problems.add(number, problem.field, problem.wrong, problem.right)
     return None
 
 

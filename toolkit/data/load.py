@@ -24,6 +24,7 @@ from toolkit.data.splits import (
     save_split,
     undersample,
 )
+from toolkit.data.targets import TargetFormat, Targets, as_ids, check_targets, counts, strata
 from toolkit.errors import DataError, Problem
 
 __all__ = ["LoadedData", "Part", "load_data", "load_part"]
@@ -35,7 +36,11 @@ Indices = NDArray[np.int64]
 class _Table:
     rows: Rows
     origin: Origin
-    labels: NDArray[np.int64] | None
+    labels: Targets | None
+
+    @property
+    def strata(self) -> NDArray[np.int64]:
+        return np.zeros(len(self.rows), dtype=np.int64) if self.labels is None else strata(self.labels)
 
 
 def load_data(settings: DataSettings, *, supervised: bool = True, split_file: Path | None = None) -> LoadedData:
@@ -64,36 +69,29 @@ def load_data(settings: DataSettings, *, supervised: bool = True, split_file: Pa
         # Behind the cut: no repeat may leave the training part.
         own = indices["train"]
         indices["train"] = own[oversample(main.labels[own], seed=settings.split.seed)]
-    data = _assemble(tables, indices, label_map, split)
-    data.warnings.extend(repeat_warnings(main.rows, groups, main.labels))
+    data = _assemble(settings, tables, indices, label_map, split)
+    ids = None if main.labels is None else as_ids(main.labels)
+    data.warnings.extend(repeat_warnings(main.rows, groups, ids))
     _check_parts(data, settings, tables)
     if split is not None and split_file is not None and not split_file.exists():
         save_split(split_file, split)
     return data
 
 
-def load_part(
-    where: str, *, text_column: str, label_column: str | None, label_map: LabelMap | None
-) -> tuple[Part, Origin]:
+def load_part(where: str, *, text_column: str, targets: TargetFormat, label_map: LabelMap) -> tuple[Part, Origin]:
     """Read a whole file, set or hub id as one part, for evaluation of a trained model.
 
     Args:
         where: What ``read_rows`` takes.
         text_column: Column of the text.
-        label_column: Column of the label; None reads no labels.
-        label_map: Labels of the model; needed where there is a label column.
+        targets: Where the file keeps the labels.
+        label_map: Labels of the model.
 
     Raises:
         DataError: It cannot be read exactly, or has a label the model does not know.
     """
-    rows, origin = read_rows(where, text_column=text_column, label_column=label_column)
-    return Part.from_rows(rows, _encode(rows, label_map), np.arange(len(rows))), origin
-
-
-def _encode(rows: Rows, label_map: LabelMap | None) -> NDArray[np.int64] | None:
-    if rows.labels is None or label_map is None:
-        return None
-    return label_map.encode(rows.labels, where=rows.where, place=rows.place)
+    rows, origin = read_rows(where, text_column=text_column, label_column=targets.label_column, others=targets.others)
+    return Part.from_rows(rows, targets.encode(rows, label_map), np.arange(len(rows))), origin
 
 
 def _read_tables(settings: DataSettings, supervised: bool) -> tuple[dict[str, _Table], LabelMap | None]:
@@ -101,28 +99,31 @@ def _read_tables(settings: DataSettings, supervised: bool) -> tuple[dict[str, _T
     given = {"train": settings.source or settings.train, "validation": settings.validation, "test": settings.test}
     if given["train"] is None:
         raise DataError(Problem("", "data.train", "no data", "data.source or data.train"))
-    label = settings.label_column if supervised else None
+    targets = TargetFormat.of(settings)
+    label, others = (targets.label_column, targets.others) if supervised else (None, ())
     read: dict[str, tuple[Rows, Origin]] = {}
     problems: list[Problem] = []
     for name, where in given.items():
         if where is not None:
             try:
-                read[name] = read_rows(where, text_column=settings.text_column, label_column=label)
+                read[name] = read_rows(where, text_column=settings.text_column, label_column=label, others=others)
             except DataError as error:
                 problems += error.problems
     if problems:
         raise DataError(problems)
     _check_same_kind(read)
-    label_map = _label_map(settings, [rows for rows, _ in read.values()]) if supervised else None
-    return _encoded(read, label_map), label_map
+    label_map = targets.label_map([rows for rows, _ in read.values()], settings.labels) if supervised else None
+    return _encoded(read, targets, label_map), label_map
 
 
-def _encoded(read: dict[str, tuple[Rows, Origin]], label_map: LabelMap | None) -> dict[str, _Table]:
+def _encoded(
+    read: dict[str, tuple[Rows, Origin]], targets: TargetFormat, label_map: LabelMap | None
+) -> dict[str, _Table]:
     tables: dict[str, _Table] = {}
     problems: list[Problem] = []
     for name, (rows, origin) in read.items():
         try:
-            tables[name] = _Table(rows, origin, _encode(rows, label_map))
+            tables[name] = _Table(rows, origin, None if label_map is None else targets.encode(rows, label_map))
         except DataError as error:
             problems += error.problems
     if problems:
@@ -136,12 +137,6 @@ def _check_same_kind(read: dict[str, tuple[Rows, Origin]]) -> None:
         if (rows.texts is not None) != texts:
             kinds = ("token ids", "texts") if texts else ("texts", "token ids")
             raise DataError(Problem(rows.where, f"data.{name}", f"holds {kinds[0]}, data.train {kinds[1]}", "one kind"))
-
-
-def _label_map(settings: DataSettings, tables: list[Rows]) -> LabelMap:
-    if settings.labels is not None:
-        return LabelMap(tuple(settings.labels))
-    return LabelMap.from_found(name for rows in tables if rows.labels is not None for name in rows.labels.names)
 
 
 def _fractions(settings: DataSettings, tables: dict[str, _Table]) -> dict[str, float]:
@@ -174,10 +169,8 @@ def _split(
         return read_split(split_file, plan, rows=len(main.rows))
     chosen = _select(settings, main, indices, groups if settings.duplicates == "remove" else None)
     together = None if settings.duplicates == "allow" else groups[chosen]
-    strata = np.zeros(len(chosen), dtype=np.int64)
-    if settings.split.stratify and main.labels is not None:
-        strata = main.labels[chosen]
-    cuts = cut(strata, together, fractions, seed=settings.split.seed)
+    alike = main.strata[chosen] if settings.split.stratify else np.zeros(len(chosen), dtype=np.int64)
+    cuts = cut(alike, together, fractions, seed=settings.split.seed)
     return replace(plan, parts={name: chosen[rows] for name, rows in cuts.items()})
 
 
@@ -187,6 +180,8 @@ def _plan(settings: DataSettings, tables: dict[str, _Table], fractions: dict[str
         "split": {**fractions, "stratify": settings.split.stratify},
         **settings.model_dump(include={"balance", "duplicates", "max_rows", "text_column", "label_column"}),
     }
+    if settings.problem_type != "single_label_classification":
+        made_with |= settings.model_dump(include={"problem_type", "label_columns", "label_separator"})
     if settings.duplicates == "remove":
         made_with |= {name: table.origin.sha256 for name, table in tables.items() if name != "train"}
     empty = np.empty(0, dtype=np.int64)
@@ -199,7 +194,7 @@ def _select(settings: DataSettings, table: _Table, indices: Indices, groups: NDA
         indices = indices[first_of_groups(groups[indices])]
     if not len(indices):
         return indices
-    labels = table.labels if table.labels is not None else np.zeros(len(table.rows), dtype=np.int64)
+    labels = table.strata
     if settings.balance == "undersample":
         indices = indices[undersample(labels[indices], seed=settings.split.seed)]
     if settings.max_rows is not None:
@@ -208,17 +203,28 @@ def _select(settings: DataSettings, table: _Table, indices: Indices, groups: NDA
 
 
 def _assemble(
-    tables: dict[str, _Table], indices: dict[str, Indices], label_map: LabelMap | None, split: Split | None
+    settings: DataSettings,
+    tables: dict[str, _Table],
+    indices: dict[str, Indices],
+    label_map: LabelMap | None,
+    split: Split | None,
 ) -> LoadedData:
     parts = {}
     for name in PARTS:
         table = tables.get(name, tables["train"])
         parts[name] = Part.from_rows(table.rows, table.labels, indices[name])
-    counts = {}
+    found = {}
     if label_map is not None:
-        counts = {name: label_map.counts(part.labels) for name, part in parts.items() if part.labels is not None}
-    origins = [table.origin for table in tables.values()]
-    return LoadedData(parts["train"], parts["validation"], parts["test"], label_map, origins, [], counts, split)
+        found = {name: counts(part.labels, label_map) for name, part in parts.items() if part.labels is not None}
+    return LoadedData(
+        **parts,
+        label_map=label_map,
+        origins=[table.origin for table in tables.values()],
+        warnings=[],
+        counts={name: of_part for name, of_part in found.items() if of_part},
+        split=split,
+        problem_type=settings.problem_type,
+    )
 
 
 def _check_parts(data: LoadedData, settings: DataSettings, tables: dict[str, _Table]) -> None:
@@ -230,6 +236,10 @@ def _check_parts(data: LoadedData, settings: DataSettings, tables: dict[str, _Ta
             raise DataError(Problem(where[name], f"data.{name}", "no rows are left for this part", "more rows"))
     train = data.train.labels
     if data.label_map is None or train is None:
+        return
+    if settings.problem_type != "single_label_classification":
+        targets = {name: part.labels for name, part in data.parts.items() if part.labels is not None}
+        data.warnings.extend(check_targets(targets, data.label_map, where=where))
         return
     check_training_labels(train, data.label_map, where=where["train"])
     for name in PARTS[1:]:

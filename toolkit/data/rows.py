@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -59,6 +59,7 @@ class Rows:
         labels: Exact label strings; None if read without.
         lines: int64, shape (rows,), the 1-based line each row starts on; None where row i is line i + 1.
         keys: Hashes of the contents, where they are known (``repeats.content_keys``).
+        others: Further columns that were asked for, by name: groups, times, targets; a list is kept as its JSON.
     """
 
     where: str
@@ -67,6 +68,7 @@ class Rows:
     labels: LabelColumn | None
     lines: NDArray[np.int64] | None = None
     keys: NDArray[np.void] | None = None
+    others: Mapping[str, LabelColumn] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.texts or ()) if self.token_ids is None else len(self.token_ids)
@@ -147,26 +149,32 @@ class RowBuilder:
         problems: Receives what is wrong with single rows.
         text_column: Name of the text column, for messages.
         label_column: Name of the label column; None: rows have no label.
+        others: Names of further columns, whose values may be anything.
     """
 
-    def __init__(self, problems: ProblemList, *, text_column: str, label_column: str | None) -> None:
+    def __init__(
+        self, problems: ProblemList, *, text_column: str, label_column: str | None, others: Sequence[str] = ()
+    ) -> None:
         self._problems = problems
         self._text_column = text_column
         self._label_column = label_column
         self._codes: dict[str, int] = {}
         self._labels = array("i")
+        self._others: dict[str, tuple[dict[str, int], array[int]]] = {name: ({}, array("i")) for name in others}
         self._lines = array("q")
         self._chunks: list[pa.Array] = []
         self._open: list[str] = []
         self._characters = 0
 
-    def add(self, text: str, label: str, line: int) -> None:
+    def add(self, text: str, label: str, line: int, others: Sequence[str] = ()) -> None:
         """Append a row that starts on ``line``; the label is ignored when there is no label column."""
         wrong = wrong_text(text)
         if wrong:
             self._problems.add(line, self._text_column, *wrong)
         if self._label_column is not None:
             self._add_label(label, line)
+        for (codes, column), value in zip(self._others.values(), others, strict=True):
+            column.append(codes.setdefault(value, len(codes)))
         self._lines.append(line)
         self._open.append(text)
         self._characters += len(text)
@@ -210,7 +218,11 @@ class RowBuilder:
             raise DataError(Problem(where, "", "there are no rows", "at least one row of data"))
         labels = LabelColumn(tuple(self._codes), np.frombuffer(self._labels, dtype=np.int32)) if self._codes else None
         texts = pa.chunked_array(self._chunks, type=pa.large_string())
-        return Rows(where, texts, None, labels, np.frombuffer(self._lines, dtype=np.int64))
+        others = {
+            name: LabelColumn(tuple(codes), np.frombuffer(column, dtype=np.int32))
+            for name, (codes, column) in self._others.items()
+        }
+        return Rows(where, texts, None, labels, np.frombuffer(self._lines, dtype=np.int64), others=others)
 
 
 def wrong_text(text: str) -> tuple[str, str] | None:
@@ -227,6 +239,12 @@ def wrong_text(text: str) -> tuple[str, str] | None:
 def too_many_labels(where: str, field: str) -> None:
     """Raise DataError for a label column that is no label column."""
     raise DataError(Problem(where, field, f"more than {MAX_LABELS} different labels", "is this the label column?"))
+
+
+def wanted_columns(text: str | None, label: str | None, others: Iterable[str] = ()) -> list[tuple[str, str]]:
+    """Return pairs of the recipe's field and the column it names, for ``missing_columns``."""
+    named = [("data.text_column", text), ("data.label_column", label), *(("data", name) for name in others)]
+    return [(field, column) for field, column in named if column is not None]
 
 
 def missing_columns(where: str, found: Iterable[str], wanted: Iterable[tuple[str, str | None]]) -> list[Problem]:

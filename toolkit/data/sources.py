@@ -21,51 +21,58 @@ TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".npy")
 
 
-def read_rows(where: str, *, text_column: str, label_column: str | None) -> tuple[Rows, Origin]:
+def read_rows(
+    where: str, *, text_column: str, label_column: str | None, others: tuple[str, ...] = ()
+) -> tuple[Rows, Origin]:
     """Read a named set, a data file or a hub data set; the strings returned are the strings in the file.
 
     Args:
         where: One of ``NAMED_SETS``, a path with one of ``SUFFIXES``, or ``owner/name[:config][@split]``.
         text_column: Column of the text; unused for .npy and .txt.
         label_column: Column of the label; None reads no labels. In .npy it is always the last column.
+        others: Further columns to keep as strings; .npy and .txt have none.
 
     Raises:
         DataError: It does not exist or cannot be read exactly; every problem has its line.
         CapabilityError: A hub id without the ``datasets`` library.
     """
     if where in NAMED_SETS:
-        return read_named_set(where, text_column=text_column, label_column=label_column)
+        return read_named_set(where, text_column=text_column, label_column=label_column, others=others)
     path = Path(where)
     if path.suffix.lower() in SUFFIXES:
-        return _read_file(path, where, text_column, label_column)
+        return _read_file(path, where, Columns(text_column, label_column, others=others))
     if not path.exists() and re.fullmatch(HUB_ID, where):
-        return read_hub_dataset(where, text_column=text_column, label_column=label_column)
+        return read_hub_dataset(where, text_column=text_column, label_column=label_column, others=others)
     listed = f"a file ({', '.join(SUFFIXES)}), a hub id (owner/name), or one of {', '.join(NAMED_SETS)}"
     hint = nearest(where, NAMED_SETS)
     wrong = f"{path.suffix or 'no suffix'} is not a data format" if path.exists() else "no such data"
     raise DataError(Problem(where, "data.source", wrong, f"{hint} {listed}" if hint else listed))
 
 
-def _read_file(path: Path, where: str, text_column: str, label_column: str | None) -> tuple[Rows, Origin]:
+def _read_file(path: Path, where: str, columns: Columns) -> tuple[Rows, Origin]:
     suffix = path.suffix.lower()
+    text_column, label_column, others = columns.text, columns.label, columns.others
     if suffix == ".txt" and label_column is not None:
         raise DataError(Problem(where, "data.label_column", "a .txt file has no labels", "csv, tsv or jsonl"))
+    if suffix in (".txt", ".npy") and others:
+        wrong = f"a {suffix} file has no column {others[0]!r}"
+        raise DataError(Problem(where, "data", wrong, "csv, tsv, jsonl or parquet"))
     sha256 = sha256_of(path, where)
 
     def parse() -> Rows:
         if suffix in TEXT_SUFFIXES:
             check_text_file(path, where)
         if suffix == ".csv":
-            return read_csv(path, where, Columns(text_column, label_column))
+            return read_csv(path, where, columns)
         if suffix == ".tsv":
-            return read_tsv(path, where, Columns(text_column, label_column))
+            return read_tsv(path, where, columns)
         if suffix == ".parquet":
-            return read_parquet(path, where, text_column=text_column, label_column=label_column)
+            return read_parquet(path, where, text_column=text_column, label_column=label_column, others=others)
         if suffix == ".npy":
             return read_npy(path, where, with_labels=label_column is not None)
         if suffix == ".txt":
             return read_txt(path, where)
-        return read_jsonl(path, where, text_column=text_column, label_column=label_column)
+        return read_jsonl(path, where, text_column=text_column, label_column=label_column, others=others)
 
-    rows = cached_rows(path, where, sha256=sha256, columns=(text_column, label_column), parse=parse)
+    rows = cached_rows(path, where, sha256=sha256, columns=(text_column, label_column, *others), parse=parse)
     return rows, Origin(where, where, sha256, len(rows))

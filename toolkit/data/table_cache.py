@@ -29,7 +29,7 @@ TEXTS, CODES, LINES, KEYS = "texts.arrow", "codes.npy", "lines.npy", "keys.npy"
 
 
 def cached_rows(
-    path: Path, where: str, *, sha256: str, columns: tuple[str, str | None], parse: Callable[[], Rows]
+    path: Path, where: str, *, sha256: str, columns: tuple[str | None, ...], parse: Callable[[], Rows]
 ) -> Rows:
     """Return the rows of a file, from the cache where it holds them whole.
 
@@ -37,7 +37,7 @@ def cached_rows(
         path: The file.
         where: The file as given, for messages.
         sha256: Hash of its content.
-        columns: Names of the text and label column.
+        columns: Names of the text and label column, and of the other ones.
         parse: Reads the file; its errors pass through, and nothing is kept of a file that has any.
     """
     if path.stat().st_size < CACHE_BYTES:
@@ -59,17 +59,23 @@ def cached_rows(
     return _read(folder, where) or rows
 
 
+def _other(place: int) -> str:
+    return f"other-{place}.npy"
+
+
 def _write(folder: Path, rows: Rows) -> None:
     assert rows.texts is not None
     table = pa.table({"text": rows.texts})
     with pa.OSFile(str(folder / TEXTS), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     arrays = {KEYS: rows.keys, LINES: rows.lines, CODES: None if rows.labels is None else rows.labels.codes}
+    arrays |= {_other(place): column.codes for place, column in enumerate(rows.others.values())}
     for name, array in arrays.items():
         if array is not None:
             np.save(folder / name, array, allow_pickle=False)
     record = {
         "names": None if rows.labels is None else list(rows.labels.names),
+        "others": {name: list(column.names) for name, column in rows.others.items()},
         "sha256": {file.name: sha256_of(file, file.name) for file in sorted(folder.iterdir())},
     }
     (folder / "facts.json").write_text(json.dumps(record), encoding="utf-8")
@@ -88,7 +94,11 @@ def _read(folder: Path, where: str) -> Rows | None:
         names = record["names"]
         texts = pa.ipc.open_file(pa.memory_map(str(folder / TEXTS))).read_all().column("text")
         labels = None if names is None else LabelColumn(tuple(names), arrays[CODES])
-        return Rows(where, texts, None, labels, arrays.get(LINES), arrays[KEYS])
+        others = {
+            name: LabelColumn(tuple(values), arrays[_other(place)])
+            for place, (name, values) in enumerate(record.get("others", {}).items())
+        }
+        return Rows(where, texts, None, labels, arrays.get(LINES), arrays[KEYS], others)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError, pa.ArrowException) as error:

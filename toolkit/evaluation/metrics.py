@@ -168,9 +168,14 @@ def _check(logits: Floats, labels: Ints) -> None:
         raise ValueError("no rows to judge")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(f"label ids {labels.min()}..{labels.max()} outside [0, {logits.shape[1]})")
+    check_finite(logits)
+
+
+def check_finite(logits: Floats) -> None:
+    """Raise DivergedError where a logit of (N, C) is not finite."""
     bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(bad):
-        raise DivergedError(f"{len(bad)} of {len(labels)} rows have a logit that is not finite, row {bad[0]} first")
+        raise DivergedError(f"{len(bad)} of {len(logits)} rows have a logit that is not finite, row {bad[0]} first")
 
 
 def _ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:

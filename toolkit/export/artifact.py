@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from toolkit.config.schema import ProblemType
 from toolkit.durable import sha256, write_file_atomically
 from toolkit.errors import AdapterError, Problem
 
@@ -59,10 +60,11 @@ class ArtifactFacts(_Part):
         base: The base it was trained on.
         method: The recipe's method section.
         quantization: The recipe's quantization section, or None.
-        labels: Label names in id order; empty for a language model.
+        labels: Names of the labels, or of the targets of a regression, in id order; empty for a language model.
         max_length: Tokens of a text that are read.
         model_type: ``gpt2`` or ``distilbert``.
         merge: Figures of the merge that made this model, or None if it was trained as it stands.
+        problem_type: What the labels are, as transformers spells it.
     """
 
     kind: Literal["adapter", "model"]
@@ -73,6 +75,7 @@ class ArtifactFacts(_Part):
     max_length: Annotated[int, Field(ge=1)]
     model_type: Text
     merge: dict[str, Any] | None = None
+    problem_type: ProblemType = "single_label_classification"
 
 
 class Manifest(ArtifactFacts):

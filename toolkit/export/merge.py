@@ -109,7 +109,7 @@ def merge_adapter(
     return_freed_memory()
     reference = reference_logits(live, tokenizer, max_length=manifest.max_length, bits=bits)
     del live
-    skeleton = _skeleton(found, labels=manifest.labels)
+    skeleton = _skeleton(found, manifest)
     with staged_folder(output) as staging:
         read, counts = _weights(artifact, found, skeleton)
         size = write_model_files(
@@ -147,6 +147,7 @@ def _live(artifact: Artifact, base: Base) -> nn.Module:
     model = load_classifier(
         base,
         labels=tuple(manifest.labels),
+        problem_type=manifest.problem_type,
         quantization=quantization,
         seed=0,
         device=CPU,
@@ -160,13 +161,13 @@ def _quantization(manifest: Manifest) -> QuantizationSettings | None:
     return None if manifest.quantization is None else QuantizationSettings(**manifest.quantization)
 
 
-def _skeleton(base: Base, *, labels: list[str]) -> PreTrainedModel:
+def _skeleton(base: Base, manifest: Manifest) -> PreTrainedModel:
     """Return the stock classifier without memory: names, shapes, layer types and config."""
     from transformers import AutoModelForSequenceClassification
 
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
-            classifier_config(base, labels=tuple(labels))
+            classifier_config(base, labels=tuple(manifest.labels), problem_type=manifest.problem_type)
         )
     return model
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from toolkit.data.labels import LabelMap
 from toolkit.data.load import load_part
-from toolkit.evaluation.metrics import ClassificationMetrics, classification_metrics
-from toolkit.export.artifact import find_artifact
+from toolkit.data.targets import TargetFormat
+from toolkit.evaluation.figures import all_figures
+from toolkit.export.artifact import Manifest, find_artifact
 from toolkit.inference.predict import Classifier, check_classifies
 
 
@@ -16,17 +19,20 @@ def evaluate(
     data: str,
     *,
     text_column: str = "text",
-    label_column: str = "label",
+    label_column: str | None = None,
+    label_separator: str = "|",
     batch_size: int = 32,
     device: str = "auto",
-) -> ClassificationMetrics:
+) -> Mapping[str, Any]:
     """Return every figure of a classifier on the rows of a file.
 
     Args:
         path: A run folder, or the adapter or model folder of one.
         data: A csv, tsv, jsonl, parquet or npy file, a named set, or a hub id.
         text_column: Column of the text.
-        label_column: Column of the label.
+        label_column: Column of the label (None: ``label``) or of the list of labels. Where a text may have several
+            labels, and for numbers, None reads a column for each, by its name.
+        label_separator: Between the labels of a list that is no JSON.
         batch_size: Texts computed at once; the figures depend on it only by rounding.
         device: ``auto``, or a torch device.
 
@@ -37,8 +43,10 @@ def evaluate(
     # Manifest and data come first: what is wrong with them is said before torch is imported.
     artifact = find_artifact(path)
     check_classifies(artifact)
-    names = tuple(artifact.manifest.labels)
-    part, _ = load_part(data, text_column=text_column, label_column=label_column, label_map=LabelMap(names))
+    manifest = artifact.manifest
+    names = tuple(manifest.labels)
+    targets = _targets(manifest, label_column, label_separator)
+    part, _ = load_part(data, text_column=text_column, targets=targets, label_map=LabelMap(names))
     assert part.labels is not None
     classifier = Classifier.load(path, device=device)
     if part.token_ids is not None:
@@ -46,4 +54,11 @@ def evaluate(
     else:
         assert part.texts is not None
         logits = classifier.logits(part.texts.to_pylist(), batch_size=batch_size)
-    return classification_metrics(logits, part.labels, names=names)
+    return all_figures(logits, part.labels, problem_type=manifest.problem_type, names=names)
+
+
+def _targets(manifest: Manifest, column: str | None, separator: str) -> TargetFormat:
+    if manifest.problem_type == "single_label_classification":
+        return TargetFormat(column=column or "label")
+    columns = () if column is not None else tuple(manifest.labels)
+    return TargetFormat(manifest.problem_type, column or "label", columns, separator)

@@ -1,4 +1,4 @@
-"""A trained classifier at work: texts in, labels and probabilities out."""
+"""A trained classifier at work: texts in, labels and probabilities (or numbers) out."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import json
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from toolkit.config.schema import QuantizationSettings
+from toolkit.config.schema import ProblemType, QuantizationSettings
 from toolkit.data.tokenize import Tokenizer, load_tokenizer
 from toolkit.data.tokens import TokenTable
 from toolkit.errors import AdapterError, Problem
 from toolkit.evaluation.evaluate import predict_logits
-from toolkit.evaluation.metrics import softmax
 from toolkit.export.artifact import Artifact, find_artifact, verify_files
 from toolkit.export.trained_base import check_settings, resolve_trained_base
+from toolkit.inference.predictions import AnyPrediction, Prediction, build_predictions
 from toolkit.inference.texts import read_texts
 from toolkit.runtime import choose_device, import_models
 
@@ -32,26 +32,15 @@ if TYPE_CHECKING:
 CHUNK_BATCHES = 16
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What the classifier says of one text.
-
-    Attributes:
-        text: The text, as given.
-        label: The likeliest label.
-        scores: Probability of every label, in id order; they add up to 1.
-    """
-
-    text: str
-    label: str
-    scores: dict[str, float]
+__all__ = ["Classifier", "Prediction", "check_classifies", "predict_lines"]
 
 
 class Classifier:
     """A trained adapter on its base, or a standalone model. Made by ``load``.
 
     Attributes:
-        labels: Label names in id order.
+        labels: Names of the labels, or of the targets of a regression, in id order.
+        problem_type: What the labels are.
         max_length: Tokens of a text that are read; the rest is cut off.
     """
 
@@ -61,10 +50,11 @@ class Classifier:
         tokenizer: Tokenizer,
         *,
         labels: Sequence[str],
+        problem_type: ProblemType = "single_label_classification",
         max_length: int,
         device: torch.device,
     ) -> None:
-        self.labels = tuple(labels)
+        self.labels, self.problem_type = tuple(labels), problem_type
         self.max_length = max_length
         self._model, self._tokenizer, self._device = model.eval(), tokenizer, device
 
@@ -95,7 +85,12 @@ class Classifier:
         check_settings(artifact, base.family)
         target = choose_device(device)
         model = load_classifier(
-            base, labels=tuple(manifest.labels), quantization=_quantization(artifact), seed=0, device=target
+            base,
+            labels=tuple(manifest.labels),
+            problem_type=manifest.problem_type,
+            quantization=_quantization(artifact),
+            seed=0,
+            device=target,
         )
         trained = load_adapter(model, artifact.folder) if artifact.kind == "adapter" else model
         use_gemm(trained, choose_gemm("auto", target))
@@ -104,24 +99,29 @@ class Classifier:
             # The one trained with; the base's files may have changed since.
             load_tokenizer(artifact.folder, kind=base.family.tokenizer),
             labels=manifest.labels,
+            problem_type=manifest.problem_type,
             max_length=manifest.max_length,
             device=target,
         )
 
-    def predict(self, texts: Sequence[str], *, batch_size: int = 32) -> list[Prediction]:
+    def predict(self, texts: Sequence[str], *, batch_size: int = 32) -> list[Any]:
         """Classify texts; the answer to one does not depend on the others, nor on the batch size, but for rounding.
 
         Args:
             texts: Any texts; an empty one is classified like any other.
             batch_size: Texts computed at once.
+
+        Returns:
+            For each text a ``Prediction`` with ``label`` and ``scores``; where a text may have several labels a
+            ``LabelsPrediction`` with ``labels`` and ``scores``; for numbers a ``NumbersPrediction`` with ``values``.
         """
         texts = list(texts)
         if not texts:
             return []
-        probabilities = softmax(self.logits(texts, batch_size=batch_size))
-        return [self._prediction(text, row) for text, row in zip(texts, probabilities, strict=True)]
+        logits = self.logits(texts, batch_size=batch_size)
+        return build_predictions(texts, logits, problem_type=self.problem_type, names=self.labels)
 
-    def predict_stream(self, texts: Iterable[str], *, batch_size: int = 32) -> Iterator[Prediction]:
+    def predict_stream(self, texts: Iterable[str], *, batch_size: int = 32) -> Iterator[AnyPrediction]:
         """Classify texts as they come, in bounded memory and in their order.
 
         Args:
@@ -161,10 +161,6 @@ class Classifier:
             batch_size=batch_size,
         )
 
-    def _prediction(self, text: str, probabilities: NDArray[np.float64]) -> Prediction:
-        scores = {label: float(p) for label, p in zip(self.labels, probabilities, strict=True)}
-        return Prediction(text=text, label=self.labels[int(probabilities.argmax())], scores=scores)
-
 
 def predict_lines(
     path: str | pathlib.Path,
@@ -174,7 +170,7 @@ def predict_lines(
     batch_size: int = 32,
     device: str = "auto",
 ) -> Iterator[str]:
-    """Yield a JSON line ``{"text", "label", "scores"}`` for each text of a file or of stdin.
+    """Yield a JSON line for each text of a file or of stdin: ``text`` with ``label``, ``labels`` or ``values``.
 
     Args:
         path: As for ``Classifier.load``.

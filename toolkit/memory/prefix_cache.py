@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from toolkit.data.batching import collate
+from toolkit.data.batching import collate, target_tensor
 from toolkit.data.cache import cache_folder
+from toolkit.data.targets import Targets
 from toolkit.data.tokens import TokenTable
 from toolkit.durable import room_on_disk
 from toolkit.evaluation.evaluate import length_sorted_batches
@@ -65,8 +66,8 @@ class PrefixCache:
         """Bytes of all states."""
         return int(self.states.nbytes)
 
-    def batch(self, rows: NDArray[np.int64], labels: NDArray[np.int64] | None = None) -> dict[str, torch.Tensor]:
-        """Return what ``models.forward.classify`` takes: ``states``, ``lengths`` (B,), and ``labels`` (B,) if given."""
+    def batch(self, rows: NDArray[np.int64], labels: Targets | None = None) -> dict[str, torch.Tensor]:
+        """Return what ``models.forward.classify`` takes: ``states``, ``lengths`` (B,), and ``labels`` if given."""
         lengths = self.table.lengths_of(rows)
         index = rows if self.pooled else self._positions(rows, lengths)
         if isinstance(self.states, torch.Tensor):
@@ -75,7 +76,7 @@ class PrefixCache:
             states = torch.from_numpy(self.states[index])
         batch = {"states": states, "lengths": torch.from_numpy(lengths)}
         if labels is not None:
-            batch["labels"] = torch.from_numpy(np.asarray(labels[rows], dtype=np.int64))
+            batch["labels"] = target_tensor(labels, rows)
         return batch
 
     def _positions(self, rows: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

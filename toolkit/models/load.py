@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from toolkit.config.schema import QuantizationSettings
+from toolkit.config.schema import ProblemType, QuantizationSettings
 from toolkit.families import Family
 from toolkit.models.base import Base
 from toolkit.models.quantize import QuantizedLayers, bitsandbytes_config, check_quantization
@@ -27,6 +27,7 @@ def load_classifier(
     base: Base,
     *,
     labels: tuple[str, ...],
+    problem_type: ProblemType = "single_label_classification",
     quantization: QuantizationSettings | None,
     seed: int,
     random_init: bool = False,
@@ -37,12 +38,14 @@ def load_classifier(
 ) -> PreTrainedModel:
     """Load a base as a sequence classifier in eval mode.
 
-    The head comes from the base only if the base was trained for the same labels in the same order; otherwise it is
-    drawn from `seed` alone (normal, std `initializer_range`; zero bias). The global random state is left untouched.
+    The head comes from the base only if the base was trained for the same labels in the same order, and of the same
+    kind; otherwise it is drawn from `seed` alone (normal, std `initializer_range`; zero bias). The global random state
+    is left untouched.
 
     Args:
         base: From `resolve_base`.
         labels: Label names in id order.
+        problem_type: What the labels are; config.json says it to stock transformers.
         quantization: How frozen weights are stored, or None.
         seed: Of the head, and of every weight with `random_init`.
         random_init: Take only the base's shape.
@@ -63,9 +66,9 @@ def load_classifier(
     from toolkit.models.forward import CLASSIFIERS
 
     check_quantization(quantization, device.type)
-    config = classifier_config(base, labels=labels)
+    config = classifier_config(base, labels=labels, problem_type=problem_type)
     model_class: Any = CLASSIFIERS[base.family.model_type]
-    keeps_head = not random_init and _same_labels(base, labels) and has_head(base)
+    keeps_head = not random_init and _same_labels(base, config) and has_head(base)
     with quiet_transformers(), torch.random.fork_rng(devices=_cuda_devices()):
         if random_init:
             model = _random(model_class, config, seed=seed, dtype=dtype).to(device)
@@ -128,13 +131,16 @@ def load_language_model(
     return _finish(model.to(device), base)
 
 
-def classifier_config(base: Base, *, labels: tuple[str, ...]) -> PretrainedConfig:
-    """Return the base's transformers config for a classifier of these labels."""
+def classifier_config(base: Base, *, labels: tuple[str, ...], problem_type: ProblemType) -> PretrainedConfig:
+    """Return the base's transformers config for a classifier of these labels.
+
+    By its problem_type a stock pipeline applies a softmax, a sigmoid for each label, or nothing.
+    """
     config = _base_config(base)
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
-    config.problem_type = "single_label_classification"
+    config.problem_type = problem_type
     return config
 
 
@@ -163,8 +169,9 @@ def _base_config(base: Base) -> PretrainedConfig:
     return config
 
 
-def _same_labels(base: Base, labels: tuple[str, ...]) -> bool:
-    return base.config.get("label2id") == {label: i for i, label in enumerate(labels)}
+def _same_labels(base: Base, config: PretrainedConfig) -> bool:
+    kind = base.config.get("problem_type") or "single_label_classification"
+    return bool(base.config.get("label2id") == config.label2id and kind == config.problem_type)
 
 
 def _meta(model_class: Any, config: PretrainedConfig) -> Any:

@@ -22,6 +22,7 @@ INK, FAINT, GRID = "#1f2933", "#6b7785", "#e4e7eb"
 TRAIN, VALIDATION, SECOND, BEST = "#2f6fb0", "#d1495b", "#3d8361", "#b7791f"
 LARGEST_WITH_NUMBERS = 12
 MIB = 2**20
+QUALITY = {"accuracy", "r2"}
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -47,7 +48,9 @@ History = Sequence[Mapping[str, Any]]
 
 
 def draw_curves(history: History, path: pathlib.Path, *, title: str, best_step: int | None = None) -> None:
-    """Draw loss (training and validation), and accuracy and macro F1 where there are any, against the step.
+    """Draw loss (training and validation), and what else was measured of validation, against the step.
+
+    That is accuracy and macro F1 of labels, R2 and rank correlation of numbers.
 
     Args:
         history: Lines of metrics.jsonl.
@@ -60,7 +63,7 @@ def draw_curves(history: History, path: pathlib.Path, *, title: str, best_step: 
         OSError: If the file cannot be written.
     """
     evaluations = [(line["step"], line["validation"]) for line in history if line.get("validation")]
-    judged = [(step, figures) for step, figures in evaluations if figures.get("accuracy") is not None]
+    judged = [(step, figures) for step, figures in evaluations if QUALITY & figures.keys()]
     with _figure(path, columns=2 if judged else 1, title=title) as axes:
         _draw_loss(axes[0], history, evaluations)
         if judged:
@@ -167,18 +170,26 @@ def _draw_loss(panel: Axes, history: History, evaluations: Sequence[tuple[int, M
             steps, [v["loss"] for _, v in evaluations], color=VALIDATION, lw=2, marker="o", ms=4.5, label="validation"
         )
     panel.set_ylim(bottom=0)
-    _dress(panel, "loss (nats)")
+    numbers = bool(evaluations) and "r2" in evaluations[0][1]
+    _dress(panel, "loss (squared error)" if numbers else "loss (nats)")
 
 
 def _draw_quality(panel: Axes, judged: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
     steps = [step for step, _ in judged]
+    numbers = "r2" in judged[0][1]
     for key, name, colour, style in (
         ("f1_macro", "macro F1 (validation)", SECOND, "--"),
         ("accuracy", "accuracy (validation)", VALIDATION, "-"),
+        ("spearman", "Spearman (validation)", SECOND, "--"),
+        ("r2", "R² (validation)", VALIDATION, "-"),
     ):
         if judged[0][1].get(key) is not None:
             values = [figures[key] for _, figures in judged]
             panel.plot(steps, values, color=colour, ls=style, lw=2, marker="o", ms=4.5, label=name)
+    if numbers:
+        panel.set_ylim(top=1.01)
+        _dress(panel, "R² and rank correlation")
+        return
     low = min(float(panel.get_ylim()[0]), 0.95)
     low = max(0.0, low - 0.02)
     panel.set_ylim(low, 1.01)
@@ -202,7 +213,7 @@ def _mark_best(panel: Axes, step: int, *, note: bool) -> None:
 
 def _note_best(panel: Axes, judged: Sequence[tuple[int, Mapping[str, Any]]], step: int) -> None:
     """Write the accuracy of the kept weights beside their point."""
-    value = next((figures["accuracy"] for at, figures in judged if at == step), None)
+    value = next((figures.get("accuracy") for at, figures in judged if at == step), None)
     if value is not None:
         text = f"{100 * value:.1f} %"
         panel.annotate(

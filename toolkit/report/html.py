@@ -13,12 +13,12 @@ from toolkit.report.run_record import RunRecord
 
 
 class ErrorExample(TypedDict):
-    """A wrong prediction to show: the text, its label's name, the predicted one and its probability (0 to 1)."""
+    """A wrong prediction to show: text, label, predicted label and its probability (0 to 1; None for numbers)."""
 
     text: str
     label: str
     predicted: str
-    probability: float
+    probability: float | None
 
 
 def write_report(

@@ -24,6 +24,15 @@ LICENCES = {
     "gpt2-mini": "apache-2.0",
     "distilbert-mini": "apache-2.0",
 }
+# Figures that stand in a card's head, by the names that the hub has for them.
+METRICS = {
+    "single_label_classification": {"accuracy": "accuracy", "f1_macro": "f1", "mcc": "matthews_correlation"},
+    "multi_label_classification": {"accuracy": "accuracy", "f1_macro": "f1", "hamming_loss": "hamming_loss"},
+    "regression": {"mse": "mse", "mae": "mae", "spearman": "spearmanr"},
+}
+# What turns logits into answers, as a stock pipeline picks it by config.json.
+HEADS = {"single_label_classification": "softmax", "multi_label_classification": "sigmoid", "regression": "none"}
+OUTPUTS = {"softmax": ".softmax(-1)", "sigmoid": ".sigmoid()", "none": ""}
 LANGUAGE_TASKS = {"gpt2": "text-generation", "distilbert": "fill-mask"}
 
 
@@ -58,7 +67,7 @@ def front_matter(record: RunRecord) -> str:
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-classification" if classifies else LANGUAGE_TASKS[family],
         tags=[family, record["method"]["name"], *(["peft"] if adapter else [])],
-        metrics=["accuracy", "f1", "matthews_correlation"] if classifies else ["perplexity"],
+        metrics=list(METRICS[record["problem_type"]].values()) if classifies else ["perplexity"],
         model_name=record["name"],
         eval_results=_results(record),
     )
@@ -90,6 +99,8 @@ def loading_snippet(record: RunRecord) -> str:
 def _adapter_snippet(record: RunRecord) -> str:
     base, labels = record["base"], record["data"]["labels"]
     quantised, folder = record["quantization"], json.dumps(record["artifact"]["folder"])
+    head = HEADS[record["problem_type"]]
+    found = "numbers" if head == "none" else "probabilities"
     imports = "AutoModelForSequenceClassification, AutoTokenizer" + (", BitsAndBytesConfig" if quantised else "")
     return _lines(
         "import torch",
@@ -104,6 +115,7 @@ def _adapter_snippet(record: RunRecord) -> str:
         "    num_labels=len(labels),",
         "    id2label=dict(enumerate(labels)),",
         "    label2id={label: i for i, label in enumerate(labels)},",
+        *([] if head == "softmax" else [f"    problem_type={json.dumps(record['problem_type'])},"]),
         "    pad_token_id=tokenizer.pad_token_id,",
         "    dtype=torch.float32,",
         *_quantization_lines(quantised),
@@ -115,8 +127,8 @@ def _adapter_snippet(record: RunRecord) -> str:
         f'    texts, padding=True, truncation=True, max_length={record["artifact"]["max_length"]}, return_tensors="pt"',
         ")",
         "with torch.inference_mode():",
-        "    probabilities = model(**batch).logits.softmax(-1)",
-        "for text, row in zip(texts, probabilities):",
+        f"    {found} = model(**batch).logits{OUTPUTS[head]}",
+        f"for text, row in zip(texts, {found}):",
         "    print(text, {label: round(p, 4) for label, p in zip(labels, row.tolist())})",
     )
 
@@ -148,7 +160,7 @@ def _results(record: RunRecord) -> list[Any] | None:
     if not test or not record["data"]["labels"]:
         return None
     names = sorted({origin["name"] for origin in record["data"]["origins"]})
-    figures = {"accuracy": test["accuracy"], "f1": test["f1_macro"], "matthews_correlation": test["mcc"]}
+    figures = {kind: test[name] for name, kind in METRICS[record["problem_type"]].items()}
     return [
         EvalResult(
             task_type="text-classification",

@@ -59,13 +59,19 @@ def _shared(record: RunRecord, recipe: str) -> dict[str, Any]:
     # A language model is judged by its loss, on the test part where there is one.
     language = None if record["data"]["labels"] else metrics["test"] or metrics["validation"]
     method = wording.method_sentence(record["method"])
-    supports = {label: row["support"] for label, row in test["per_label"].items()} if test else {}
+    numbers = test if record["problem_type"] == "regression" else None
+    test = None if numbers else test
+    several = record["problem_type"] == "multi_label_classification"
+    supports = {label: row["support"] for label, row in test["per_label"].items()} if test and not several else {}
     named = ("python", "torch", "transformers", "peft")
     return {
         "record": record,
         "recipe": recipe,
         "labels": record["data"]["labels"],
         "test": test,
+        "several": several,
+        "numbers": numbers,
+        "cheap": (metrics.get("baselines") or {}).get("tfidf_ridge" if numbers else "tfidf_logistic_regression"),
         "language": language,
         "summary": wording.summary(record),
         "method": method[0].upper() + method[1:],

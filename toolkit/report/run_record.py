@@ -74,7 +74,7 @@ class DataRecord(TypedDict):
         origins: One entry per file or set.
         rows: Rows by part: train, validation, test.
         counts: Rows by part and label.
-        labels: Label names in id order; empty without labels.
+        labels: Names of the labels, or of the targets of a regression, in id order; empty without labels.
         truncated: Texts that were cut to ``max_length``.
         warnings: One sentence each.
     """
@@ -103,7 +103,7 @@ class BestRecord(TypedDict):
 
 
 class MetricsRecord(TypedDict):
-    """Figures by part, as ``toolkit.evaluation.metrics.ClassificationMetrics``; ``loss`` alone without labels.
+    """Figures by part, as ``toolkit.evaluation.figures.all_figures`` has them; ``loss`` alone without labels.
 
     Attributes:
         validation: Of the validation rows, or null without any.
@@ -195,6 +195,7 @@ class RunRecord(TypedDict):
         name: Name of the run folder.
         status: ``finished``, or ``stopped early`` where early stopping ended it.
         objective: As in the recipe.
+        problem_type: What the labels are, as transformers spells it.
         created: UTC time of the end, ISO 8601.
         method: The recipe's method section.
         quantization: The recipe's quantization section, or null.
@@ -208,6 +209,7 @@ class RunRecord(TypedDict):
     name: str
     status: str
     objective: Literal["classification", "language_modeling"]
+    problem_type: str
     created: str
     base: BaseRecord
     artifact: ArtifactRecord
@@ -254,8 +256,9 @@ def read_run_record(path: pathlib.Path) -> RunRecord:
         raise OutputError(Problem(where, "", "not a JSON object of a run", "the result.json that a run wrote"))
     if data.get("format") != FORMAT:
         raise OutputError(Problem(where, "format", f"is {data.get('format')!r}", f"{FORMAT}"))
-    # Records from before there was a cache, or a prediction.
+    # Records from before there was a cache, a prediction, or more than one kind of labels.
     data.setdefault("prefix_cache", None)
+    data.setdefault("problem_type", "single_label_classification")
     if isinstance(data.get("metrics"), dict):
         data["metrics"].setdefault("baselines", None)
     memory = data.get("memory")

@@ -141,9 +141,13 @@ def summary(record: RunRecord) -> str:
     if record["objective"] == "language_modeling":
         return f"{base}, trained as a language model on {data}."
     stored = "" if record["quantization"] is None else f" on weights stored in {storage(record['quantization'])}"
+    purpose = {
+        "multi_label_classification": f"to find which of {len(labels)} labels a text has",
+        "regression": "to predict numbers",
+    }.get(record["problem_type"], f"to tell {len(labels)} labels apart")
     return (
         f"{base}, fine-tuned with {method_name(record['method'])}{stored} on {data} "
-        f"to tell {len(labels)} labels apart: {_joined(labels[:8])}{' …' if len(labels) > 8 else ''}."
+        f"{purpose}: {_joined(labels[:8])}{' …' if len(labels) > 8 else ''}."
     )
 
 

@@ -20,10 +20,11 @@ from toolkit.config.schema import Recipe
 from toolkit.data.batching import collate
 from toolkit.data.parts import Part
 from toolkit.data.shuffle import epoch_order
+from toolkit.data.targets import Targets
 from toolkit.evaluation.baselines import Tokens, baselines
 from toolkit.evaluation.evaluate import predict_logits
-from toolkit.evaluation.metrics import classification_metrics, validation_metrics
-from toolkit.evaluation.mistakes import Mistake, confident_mistakes
+from toolkit.evaluation.figures import all_figures, validation_figures
+from toolkit.evaluation.mistakes import Mistake, worst_mistakes
 from toolkit.memory.prefix import (
     PrefixPlan,
     keep_prefixes,
@@ -51,7 +52,7 @@ class ClassificationTask:
         accelerator = setup.accelerator
         assert data.label_map is not None
         self._recipe, self._base, self._tokenizer, self._accelerator = recipe, base, tokenizer, accelerator
-        self._names = data.label_map.names
+        self._names, self._kind = data.label_map.names, recipe.data.problem_type
         self._labels = {part: _labels(getattr(data, part)) for part in PARTS}
         setup.memory.enter("tokenise")
         self.tables, self.truncated = tokenize_parts(data, tokenizer, max_length=recipe.model.max_length)
@@ -73,6 +74,7 @@ class ClassificationTask:
             pad_id=tokenizer.pad_id,
             cache=self._caches.get("train"),
             loss=recipe.training.loss,
+            problem_type=self._kind,
             classes=len(self._names),
             penalty=_penalty(self.model, recipe),
         )
@@ -87,6 +89,7 @@ class ClassificationTask:
         model = load_classifier(
             base,
             labels=self._names,
+            problem_type=self._kind,
             quantization=recipe.quantization,
             seed=recipe.training.seed,
             random_init=recipe.model.random_init,
@@ -117,17 +120,17 @@ class ClassificationTask:
         start_from_data(self.model, lambda: self.objective(moved), seed=seed)
 
     def validate(self) -> dict[str, float]:
-        """Return loss, accuracy and macro F1 of the validation rows."""
+        """Return loss, and what judges this kind of labels, of the validation rows."""
         with self._accelerator.autocast():
             logits = self._logits("validation", cache=self._caches.get("validation"))
-        return dict(validation_metrics(logits, self._labels["validation"]))
+        return validation_figures(logits, self._labels["validation"], problem_type=self._kind)
 
     def judge(self, part: str) -> dict[str, Any]:
         """Return every figure of one part, by the whole model."""
         logits = self._logits(part)
         if part == "test":
             self._test_logits = logits
-        return dict(classification_metrics(logits, self._labels[part], names=self._names))
+        return dict(all_figures(logits, self._labels[part], problem_type=self._kind, names=self._names))
 
     def baselines(self) -> dict[str, Any]:
         """Return the figures of the baselines on the test rows."""
@@ -136,11 +139,14 @@ class ClassificationTask:
             for part in ("train", "test")
         )
         vocabulary = self._base.config["vocab_size"]
-        return dict(baselines(train, test, vocabulary=vocabulary, seed=self._recipe.training.seed))
+        seed = self._recipe.training.seed
+        return dict(baselines(train, test, problem_type=self._kind, vocabulary=vocabulary, seed=seed))
 
     def mistakes(self) -> list[Mistake]:
-        """Return wrong test predictions, surest first; empty before ``judge("test")``."""
-        return [] if self._test_logits is None else confident_mistakes(self._test_logits, self._labels["test"])
+        """Return wrong test predictions, worst first; empty before ``judge("test")``."""
+        if self._test_logits is None:
+            return []
+        return worst_mistakes(self._test_logits, self._labels["test"], problem_type=self._kind, names=self._names)
 
     def _logits(self, part: str, *, cache: PrefixCache | None = None) -> Floats:
         """Return logits (N, C) of a part; every process computes its share and gets all."""
@@ -195,6 +201,6 @@ def _penalty(model: nn.Module, recipe: Recipe) -> Callable[[], torch.Tensor] | N
     return partial(orthogonality_penalty, model, method.orthogonal_weight)
 
 
-def _labels(part: Part) -> NDArray[np.int64]:
+def _labels(part: Part) -> Targets:
     assert part.labels is not None
     return part.labels

@@ -143,4 +143,5 @@ def artifact_facts(recipe: Recipe, *, base: Base, kind: Kind, labels: tuple[str,
         labels=list(labels),
         max_length=recipe.model.max_length,
         model_type=base.family.model_type,
+        problem_type=recipe.data.problem_type,
     )

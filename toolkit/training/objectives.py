@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as functional
 from torch import nn
 
-from toolkit.config.schema import LossSettings
+from toolkit.config.schema import LossSettings, ProblemType
 from toolkit.data.batching import collate
+from toolkit.data.targets import Targets
 from toolkit.data.tokens import TokenTable
 from toolkit.models.forward import classify, rest_frozen_blocks
 from toolkit.models.language import language_model_hidden, project_tokens
-from toolkit.training.loss import class_weights, classification_loss, row_weight
+from toolkit.training.loss import class_weights, no_labels, row_weight, target_loss
 from toolkit.training.plan import Rows
 
 Batch = dict[str, torch.Tensor]
@@ -43,8 +44,8 @@ class RowCache(Protocol):
     def blocks(self) -> int:
         """Blocks that the states have behind them."""
 
-    def batch(self, rows: Rows, labels: Rows | None = None) -> Batch:
-        """Return ``states``, ``lengths`` (B,) and ``labels`` (B,)."""
+    def batch(self, rows: Rows, labels: Targets | None = None) -> Batch:
+        """Return ``states``, ``lengths`` (B,) and ``labels``."""
 
 
 class ClassificationObjective(nn.Module):
@@ -56,10 +57,11 @@ class ClassificationObjective(nn.Module):
     Args:
         model: A classifier with its method applied.
         table: Token ids of all rows.
-        labels: int64, shape (rows,).
+        labels: Of all rows (``data.targets``).
         pad_id: Fills short rows.
         cache: What the frozen blocks make of the rows; None runs them.
-        loss: The recipe's ``training.loss``; None: cross entropy.
+        loss: The recipe's ``training.loss``; None: the plain one.
+        problem_type: What the labels are.
         classes: How many labels there are; needed for balanced weights.
         penalty: Added to the mean loss, a scalar; None adds nothing.
     """
@@ -69,17 +71,18 @@ class ClassificationObjective(nn.Module):
         model: nn.Module,
         *,
         table: TokenTable,
-        labels: Rows,
+        labels: Targets,
         pad_id: int,
         cache: RowCache | None = None,
         loss: LossSettings | None = None,
+        problem_type: ProblemType = "single_label_classification",
         classes: int = 0,
         penalty: Callable[[], torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self._table, self._labels, self._pad_id, self._cache = table, labels, pad_id, cache
-        self._penalty, self._loss = penalty, loss or LossSettings()
+        self._penalty, self._loss, self._problem_type = penalty, loss or LossSettings(), problem_type
         self._weights = class_weights(self._loss.class_weights, torch.from_numpy(labels), classes=classes)
 
     def train(self, mode: bool = True) -> ClassificationObjective:
@@ -89,13 +92,13 @@ class ClassificationObjective(nn.Module):
         return self
 
     def batch(self, rows: Rows, *, step: int) -> Batch:
-        """Return ``labels`` (B,), and ``input_ids`` and ``attention_mask`` (B, T) or ``states`` and ``lengths``."""
+        """Return ``labels``, and ``input_ids`` and ``attention_mask`` (B, T) or ``states`` and ``lengths``."""
         used = rows if len(rows) else np.zeros(1, dtype=np.int64)
         if self._cache is not None:
             batch = self._cache.batch(used, self._labels)
         else:
             batch = collate(self._table, self._labels, used, pad_id=self._pad_id)
-        return batch if len(rows) else {**batch, "labels": torch.full_like(batch["labels"], -100)}
+        return batch if len(rows) else {**batch, "labels": no_labels(batch["labels"])}
 
     def weight(self, batch: Batch) -> float:
         """Return what the rows with a label weigh: their number, or the sum of their labels' weights."""
@@ -108,7 +111,13 @@ class ClassificationObjective(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the summed loss, a scalar."""
         logits = classify(self.model, batch, blocks=0 if self._cache is None else self._cache.blocks)
-        loss = classification_loss(logits.float(), batch["labels"], settings=self._loss, weights=self._weights)
+        loss = target_loss(
+            logits.float(),
+            batch["labels"],
+            problem_type=self._problem_type,
+            settings=self._loss,
+            weights=self._weights,
+        )
         # The sum is divided by the rows of all micro-batches: with each row goes its share of the penalty.
         return loss if self._penalty is None else loss + self.weight(batch) * self._penalty()
 

@@ -1,0 +1,192 @@
+"""Several labels a text, and numbers, the whole way: trained, resumed, merged, predicted, read by stock libraries."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pico import pico_cache
+from safetensors.torch import load_file
+
+from toolkit.cli import main
+from toolkit.config.load import load_recipe
+from toolkit.errors import RecipeError
+from toolkit.evaluation.figures import probabilities
+from toolkit.export.merge import merge_adapter
+from toolkit.finetune import finetune
+from toolkit.inference.evaluate import evaluate
+from toolkit.inference.predict import Classifier
+
+__all__ = ["pico_cache"]
+
+SEVERAL, NUMBERS = "multi_label_classification", "regression"
+WORDS = {"prize": "free prize", "dinner": "dinner tonight", "call": "call now"}
+TEXTS = ["free prize call now", "see you"]
+
+
+def rows() -> list[tuple[str, list[str]]]:
+    """Texts that say in words which labels they have."""
+    found = []
+    for i in range(80):
+        labels = [name for bit, name in enumerate(WORDS) if i >> bit & 1]
+        words = ["hey", "you", "see", "we", "are"][i % 5 : i % 5 + 1 + i % 2] + [WORDS[name] for name in labels]
+        found.append((f"{' '.join(words)} {i}", labels))
+    return found
+
+
+@pytest.fixture
+def recipe_of(tmp_path: Path, pico_cache: Any) -> Any:
+    """Return a resolved recipe of a few steps on a pico model, for a kind of labels."""
+
+    def resolved(kind: str, family: str, run: str, *more: str) -> Any:
+        data = tmp_path / "data.jsonl"
+        if not data.exists():
+            lines = [
+                {"text": text, "labels": labels, "score": len(labels), **{name: int(name in labels) for name in WORDS}}
+                for text, labels in rows()
+            ]
+            data.write_text("\n".join(map(json.dumps, lines)))
+        column = "labels" if kind == SEVERAL else "score"
+        path = tmp_path / "recipe.yaml"
+        path.write_text(
+            f"model: {{base: '{pico_cache(family)}', max_length: 32}}\n"
+            f"data: {{source: '{data}', problem_type: {kind}, label_column: {column}}}\n"
+            "method: {name: lora, r: 4, lora_dropout: 0.0, target_modules: all-linear}\n"
+            "training: {max_steps: 60, batch_size: 8, learning_rate: 1e-2}\n"
+            "evaluation: {every: 20}\noutput: {save_every: 20, keep: 5, log_every: 5}\n"
+        )
+        return load_recipe(path, [f"output.dir={tmp_path / run}", *more])
+
+    return resolved
+
+
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+@pytest.mark.parametrize("kind", [SEVERAL, NUMBERS])
+def test_it_learns_and_what_it_leaves_says_what_it_is(recipe_of, tmp_path, kind, family):
+    much = ("method={name: full}", "training.learning_rate=3e-3", "training.max_steps=120")
+    record = finetune(recipe_of(kind, family, "run", *much))
+    run, test = tmp_path / "run", record["metrics"]["test"]
+    assert record["problem_type"] == kind
+    beside = record["metrics"]["baselines"]
+    if kind == SEVERAL:
+        assert test["f1_macro"] > beside["majority"]["f1_macro"] + 0.2
+        assert test["mean_average_precision"] > 0.8
+        assert beside["tfidf_logistic_regression"]["f1_micro"] > 0.5
+    else:
+        assert test["mae"] < 0.7 * beside["mean"]["mae"]
+        assert beside["tfidf_ridge"]["mae"] < beside["mean"]["mae"]
+        assert test["loss"] == test["mse"]
+    page, card = (run / "report.html").read_text(), (run / "README.md").read_text()
+    assert not (run / "confusion.png").exists()
+    assert "error" in page
+    wanted = {SEVERAL: ("Mean average precision", "micro F1"), NUMBERS: ("Mean absolute error", "| score | **")}[kind]
+    assert wanted[0] in page
+    assert wanted[1] in card
+
+
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+@pytest.mark.parametrize("kind", [SEVERAL, NUMBERS])
+def test_a_merged_model_answers_alike_in_stock_transformers(recipe_of, tmp_path, kind, family):
+    run = tmp_path / "run"
+    finetune(recipe_of(kind, family, "run", "training.max_steps=6", "evaluation.baselines=false"))
+    report = merge_adapter(run, tmp_path / "merged")
+    assert report.parity.max_abs < 1e-4
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["problem_type"] == kind
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+    live, merged = Classifier.load(run), Classifier.load(tmp_path / "merged")
+    logits = live.logits(TEXTS)
+    np.testing.assert_allclose(merged.logits(TEXTS), logits, atol=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    with torch.inference_mode():
+        found = stock(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits
+    np.testing.assert_allclose(found, logits, atol=1e-4)
+    answers = pipeline("text-classification", model=stock, tokenizer=tokenizer, top_k=None)(TEXTS)
+    expected = probabilities(logits, problem_type=kind)
+    names = ["call", "dinner", "prize"] if kind == SEVERAL else ["score"]
+    for answer, row, prediction in zip(answers, expected, live.predict(TEXTS), strict=True):
+        by_name = {one["label"]: one["score"] for one in answer}
+        assert by_name == pytest.approx(dict(zip(names, row, strict=True)), abs=1e-4)
+        own = prediction.scores if kind == SEVERAL else prediction.values
+        assert own == pytest.approx(by_name, abs=1e-4)
+        if kind == SEVERAL:
+            assert set(prediction.labels) == {name for name, p in by_name.items() if p >= 0.5}
+
+
+def test_a_file_is_judged_by_list_or_by_columns(recipe_of, tmp_path, capsys):
+    finetune(recipe_of(SEVERAL, "gpt2", "run", "training.max_steps=4"))
+    data = str(tmp_path / "data.jsonl")
+    by_list = evaluate(tmp_path / "run", data, label_column="labels")
+    assert by_list == evaluate(tmp_path / "run", data)
+    assert by_list["rows"] == 80
+    assert main(["evaluate", str(tmp_path / "run"), "--data", data]) == 0
+    shown = capsys.readouterr().out
+    assert "average_precision" in shown
+    assert "dinner" in shown
+    texts = tmp_path / "texts.txt"
+    texts.write_text("see you\n")
+    assert main(["predict", str(tmp_path / "run"), str(texts)]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == {"text", "labels", "scores"}
+    assert main(["evaluate", str(tmp_path / "run"), "--data", data, "--label-column", "none"]) == 2
+    assert "no column 'none'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [SEVERAL, NUMBERS])
+def test_it_goes_on_bit_equal_with_kept_states(recipe_of, tmp_path, kind):
+    """Stopped after 20 of 60 steps: the record is taken away, and the later checkpoints."""
+    import shutil
+
+    head = ("method={name: last_n, n: 1}",)
+    finetune(recipe_of(kind, "distilbert", "plain", *head))
+    finetune(recipe_of(kind, "distilbert", "stopped", *head))
+    stopped = tmp_path / "stopped"
+    for gone in ("result.json", "report.html"):
+        (stopped / gone).unlink()
+    steps = sorted((stopped / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    for later in steps[1:]:
+        shutil.rmtree(later)
+    shutil.rmtree(stopped / "model")
+    finetune(recipe_of(kind, "distilbert", "stopped", *head))
+    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("plain", "stopped"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert one.keys() == other.keys()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.label_columns=[a, b]"], "data.label_columns: a text with one label has it in one column"),
+        (["data.problem_type=regression", "data.labels=[a, b]"], "data.labels: numbers have no labels"),
+        (["data.problem_type=regression", "data.balance=oversample"], "data.balance: rows that have several labels"),
+        (["data.problem_type=regression", "training.loss={focal_gamma: 2}"], "training.loss: numbers have no labels"),
+        (["data.problem_type=regression", "evaluation.metric=accuracy"], "evaluation.metric: is no metric of this"),
+        (["evaluation.metric=r2"], "evaluation.metric: is no metric of this problem_type"),
+        (["data.problem_type=regression", "data.label_columns=[a, a]"], "data.labels: a label is listed twice"),
+        (
+            ["data.problem_type=multi_label_classification", "data.label_columns=[a, b]",
+             "training.loss={class_weights: [1, 2, 3]}"],
+            "training.loss.class_weights: the number of weights",
+        ),
+        (["objective=language_modeling", "method={name: full}", "evaluation.metric=loss",
+          "data.problem_type=regression"], "data.problem_type: belongs to objective classification"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_a_kind_is_refused(tmp_path, overrides, said):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {base: gpt2-mini}\ndata: {source: a.csv}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    assert said in str(caught.value)
+
+
+def test_regression_is_judged_by_its_loss_unless_told(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {base: gpt2-mini}\ndata: {source: a.csv, problem_type: regression}\n")
+    assert load_recipe(path).evaluation.metric == "loss"
+    assert load_recipe(path, ["evaluation.metric=r2"]).evaluation.metric == "r2"
