@@ -385,12 +385,13 @@ def test_language_modeling_lowers_the_loss_and_a_classifier_starts_from_it(recip
 
 def test_gradient_checkpointing_changes_no_weight(recipe_file, tmp_path, pico_no_dropout):
     path = recipe_file("gpt2", "method: {name: full}")
-    for name, value in (("a", "false"), ("b", "true")):
+    for name, value in (("a", "false"), ("b", "true"), ("c", "1")):
         overrides = [f"model.base={pico_no_dropout}", f"training.gradient_checkpointing={value}"]
         finetune(load_recipe(path, [*overrides, f"output.dir={tmp_path / name}"]))
-    a, b = weights(tmp_path / "a" / "model"), weights(tmp_path / "b" / "model")
+    a, b, c = (weights(tmp_path / name / "model") for name in "abc")
     for name in a:
         assert torch.allclose(a[name], b[name], atol=1e-6), name
+        assert torch.allclose(a[name], c[name], atol=1e-6), name
 
 
 def test_precision_bf16_runs_and_is_recorded(recipe_file):

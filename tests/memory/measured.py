@@ -57,8 +57,8 @@ def build_model(config: dict[str, Any], recipe: Recipe) -> torch.nn.Module:
     made.use_cache = False
     model = CLASSIFIERS[kind](made)
     model = apply_method(model, recipe.method, family=FAMILIES[kind], base_name="pico", seed=1)
-    if recipe.training.gradient_checkpointing:
-        checkpoint_activations(model)
+    if blocks := recipe.training.recomputed_blocks(config[FAMILIES[kind].layers_key]):
+        checkpoint_activations(model, blocks)
     return model
 
 

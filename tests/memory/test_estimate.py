@@ -31,7 +31,7 @@ CASES = [
         (FULL, 5, 1, False), (FULL, 8, 2, True), (HEAD, 2, 1, True), (LAST, 8, 1, False), (LORA, 5, 1, True),
         (WIDE, 2, 2, False), (TOP, 8, 1, True),
     ]
-    for checkpointing in (False, True)
+    for checkpointing in (False, True, 1)
 ]  # fmt: skip
 
 

@@ -141,6 +141,10 @@ def test_blocks_are_recomputed_only_while_training(pico_cache: PicoFolder, base_
     calls.clear()
     loss_and_gradients(model.eval(), classify, batch_of((3, 5)))
     assert len(calls) == 2
+    calls.clear()
+    checkpoint_activations(model.train(), 1)
+    loss_and_gradients(model, classify, batch_of((3, 5)))
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("model_type", FAMILY_NAMES)

@@ -177,7 +177,7 @@ RULES = (
     ),
     Rule(
         ("training", "gradient_checkpointing"),
-        lambda r: r.method.name == "prefix" and r.training.gradient_checkpointing,
+        lambda r: r.method.name == "prefix" and r.training.gradient_checkpointing is not False,
         "recomputed blocks would lose the prefix, which is handed to them as a cache",
         "gradient_checkpointing: false, or another method",
     ),

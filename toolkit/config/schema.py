@@ -161,8 +161,10 @@ class TrainingSettings(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="auto: bf16 on CUDA that has it, fp16 with a scaler on older CUDA, fp32 on CPU."
     )
-    gradient_checkpointing: bool = Field(
-        default=False, description="Recompute each block in the backward pass: less memory, about 30 % more time."
+    gradient_checkpointing: bool | PositiveInt = Field(
+        default=False,
+        description="Recompute each block in the backward pass: less memory, about 30 % more time. A number: so many "
+        "blocks, from the first.",
     )
     optimizer_in_backward: bool = Field(
         default=False,
@@ -178,6 +180,11 @@ class TrainingSettings(Section):
         default_factory=PrefixCacheSettings, description="Used where the first blocks are frozen."
     )
     seed: Seed = Field(default=123, description="Seed of the head, the batch order and dropout.")
+
+    def recomputed_blocks(self, blocks: int) -> int:
+        """Return how many of a model's blocks, from the first, are recomputed in the backward pass."""
+        wanted = self.gradient_checkpointing
+        return (blocks if wanted else 0) if isinstance(wanted, bool) else min(wanted, blocks)
 
 
 class LanguageModelingSettings(Section):

@@ -25,8 +25,13 @@ def with_training(recipe: Recipe, **settings: Any) -> Recipe:
     return recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
 
 
-def candidates(recipe: Recipe) -> list[Recipe]:
-    """Return the recipe's variants of the same effective batch."""
+def candidates(recipe: Recipe, *, blocks: int) -> list[Recipe]:
+    """Return the recipe's variants of the same effective batch.
+
+    Args:
+        recipe: As it was written.
+        blocks: Of its base; none, all, or so many quarters of them are recomputed.
+    """
     training = recipe.training
     effective = training.batch_size * training.gradient_accumulation_steps
     sizes = [size for size in range(1, effective + 1) if effective % size == 0]
@@ -35,8 +40,9 @@ def candidates(recipe: Recipe) -> list[Recipe]:
         sizes = [training.batch_size]
     optimizers = ["adamw", "adamw_8bit"] if training.optimizer == "adamw" else [training.optimizer]
     found = []
+    quarters = sorted({quarter * blocks // 4 for quarter in (1, 2, 3)} - {0})
     for size, checkpointing, optimizer, quantization, cache in itertools.product(
-        sizes, (False, True), optimizers, _quantizations(recipe), _prefix_caches(recipe)
+        sizes, (False, *quarters, True), optimizers, _quantizations(recipe), _prefix_caches(recipe)
     ):
         changed = with_training(
             recipe,
@@ -78,18 +84,19 @@ def _quantizations(recipe: Recipe) -> list[QuantizationSettings | None]:
     return found
 
 
-def slowness(recipe: Recipe, *, mean_length: float, trained_share: float, device: str) -> float:
+def slowness(recipe: Recipe, *, mean_length: float, trained_share: float, blocks: int, device: str) -> float:
     """Return the estimated time of a token, 1 for one in an endless micro-batch of a plain recipe.
 
     Args:
         recipe: Its training and quantisation sections count.
         mean_length: Tokens of a text.
         trained_share: Trained elements over all.
+        blocks: Of its base.
         device: ``cpu`` or ``cuda``.
     """
     training = recipe.training
     factor = 1 + OVERHEAD_TOKENS[device] / (training.batch_size * max(mean_length, 1.0))
-    factor *= SLOWER_CHECKPOINTED if training.gradient_checkpointing else 1.0
+    factor *= 1 + (SLOWER_CHECKPOINTED - 1) * training.recomputed_blocks(blocks) / blocks
     factor *= 1 + (SLOWER_OPTIMIZER[device] - 1) * trained_share * ("8bit" in training.optimizer)
     return factor * SLOWER_BITS[recipe.quantization.bits if recipe.quantization else None]
 

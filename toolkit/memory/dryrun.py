@@ -32,7 +32,7 @@ class DryRun:
             def section(value: Value, index: int = index) -> Value:
                 return self._block(value, index)
 
-            checkpointed = self.setting.checkpointing and self.setting.training
+            checkpointed = index < self.setting.checkpointing and self.setting.training
             result = tape.checkpointed(section, hidden) if checkpointed else section(hidden)
             tape.free(hidden)
             hidden = result

@@ -118,7 +118,7 @@ def estimate(
         setting = Setting(
             device=device,
             low_precision=low_precision,
-            checkpointing=training.gradient_checkpointing,
+            checkpointing=training.recomputed_blocks(shape.layers),
             bits=bits,
             training=learns,
             kept=below,

@@ -60,7 +60,7 @@ class Setting:
     Attributes:
         device: ``cpu`` or ``cuda``.
         low_precision: Autocast to 2 bytes.
-        checkpointing: Recompute each block in the backward pass.
+        checkpointing: Blocks, from the first, that are recomputed in the backward pass.
         bits: 4, 8, or None for full-precision frozen weights.
         training: False runs without gradients and dropout.
         kept: Blocks whose states are read instead of computed.
@@ -69,7 +69,7 @@ class Setting:
 
     device: str = "cpu"
     low_precision: bool = False
-    checkpointing: bool = False
+    checkpointing: int = 0
     bits: int | None = None
     training: bool = True
     kept: int = 0

@@ -107,13 +107,14 @@ def plan_memory(recipe: Recipe, *, budget: int | str | None = None, device: str 
 class _Planner:
     def __init__(self, inputs: Inputs, device: str) -> None:
         self._inputs, self._device = inputs, device
+        self._blocks = int(inputs.base.config[inputs.base.family.layers_key])
 
     def plan(self, recipe: Recipe, limit: int | None) -> MemoryPlan:
         written = self.predict(recipe)
         facts: dict[str, Any] = {"base": self._inputs.base.used, "device": self._device, "written": written}
         if limit is None:
             return MemoryPlan(recipe=recipe, budget_bytes=None, estimate=written, **facts)
-        for candidate in sorted(candidates(recipe), key=lambda one: (losses(recipe, one), self._slowness(one))):
+        for candidate in sorted(self._candidates(recipe), key=lambda one: (losses(recipe, one), self._slowness(one))):
             if self.predict(candidate).peak_bytes <= limit:
                 changes = tuple(self._changes(recipe, candidate))
                 predicted = self.predict(candidate)
@@ -181,14 +182,18 @@ class _Planner:
             yield "no other method or length fits either: take a smaller base or a larger budget"
 
     def _least(self, recipe: Recipe) -> Estimate:
-        single = (self.predict(one) for one in candidates(recipe) if one.training.batch_size == 1)
+        single = (self.predict(one) for one in self._candidates(recipe) if one.training.batch_size == 1)
         return min(single, key=lambda one: one.peak_bytes)
+
+    def _candidates(self, recipe: Recipe) -> list[Recipe]:
+        return candidates(recipe, blocks=self._blocks)
 
     def _slowness(self, recipe: Recipe) -> float:
         lengths = np.minimum(self._inputs.train, recipe.model.max_length)
         shape = model_shape(self._inputs.base.config, recipe, labels=self._inputs.labels)
         mean = float(lengths.mean())
-        return slowness(recipe, mean_length=mean, trained_share=shape.trainable / shape.total, device=self._device)
+        share = shape.trainable / shape.total
+        return slowness(recipe, mean_length=mean, trained_share=share, blocks=self._blocks, device=self._device)
 
 
 def write_recipe(plan: MemoryPlan, path: pathlib.Path) -> None:

@@ -197,15 +197,20 @@ def unwrapped(model: nn.Module) -> Any:
     return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Recompute each block in the backward pass instead of keeping its activations.
+def checkpoint_activations(model: nn.Module, blocks: int | None = None) -> None:
+    """Recompute blocks in the backward pass instead of keeping their activations.
 
     transformers also makes the embedding output require a gradient, which only re-entrant checkpointing needs: it
     would drive the backward pass through frozen blocks below the first trained one. That is undone here.
 
     Args:
         model: A classifier or language model, with or without an adapter.
+        blocks: How many, from the first; the backward pass frees the others' activations before it comes to them. None:
+            all.
     """
     base = unwrapped(model)
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     base.disable_input_require_grads()
+    if blocks is not None:
+        for block in list(base.get_submodule(FAMILIES[base.config.model_type].blocks))[blocks:]:
+            block.gradient_checkpointing = False

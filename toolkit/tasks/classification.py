@@ -100,8 +100,8 @@ class ClassificationTask:
             model, recipe.method, family=base.family, base_name=base.name_or_path, seed=recipe.training.seed
         )
         use_gemm(self.model, self._gemm)
-        if recipe.training.gradient_checkpointing:
-            checkpoint_activations(self.model)
+        if blocks := recipe.training.recomputed_blocks(base.config[base.family.layers_key]):
+            checkpoint_activations(self.model, blocks)
         self._caches: dict[str, PrefixCache] = {}
         if plan is not None:
             self._memory.enter("frozen blocks")

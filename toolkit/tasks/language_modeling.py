@@ -55,8 +55,8 @@ class LanguageModelingTask:
         if recipe.model.random_init:
             self._start(recipe.model.embeddings_from)
         use_gemm(self.model, setup.gemm)
-        if recipe.training.gradient_checkpointing:
-            checkpoint_activations(self.model)
+        if blocks := recipe.training.recomputed_blocks(base.config[base.family.layers_key]):
+            checkpoint_activations(self.model, blocks)
         self._tokenizer = tokenizer
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         wanted = recipe.language_modeling.target_tokens

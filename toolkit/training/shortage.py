@@ -32,7 +32,7 @@ def go_smaller(progress: Progress, model: nn.Module, training: TrainingSettings,
         progress.pieces = min(2 * progress.pieces, rows)
         return True
     # Recomputed blocks would lose a prefix, which is handed to them as a cache.
-    if training.gradient_checkpointing or progress.recomputing or hasattr(model, "prompt_encoder"):
+    if training.gradient_checkpointing is True or progress.recomputing or hasattr(model, "prompt_encoder"):
         return False
     progress.recomputing = True
     checkpoint_activations(model)
@@ -62,9 +62,8 @@ def advice(training: TrainingSettings, progress: Progress, last_good: str) -> st
     smaller = training.batch_size > 1 or training.max_tokens_per_batch is not None
     if training.optimizer_in_backward:
         # It takes no second micro-step: a smaller batch is another training.
-        saves = (
-            "a smaller model.max_length" if training.gradient_checkpointing else "training.gradient_checkpointing=true"
-        )
+        recomputes = training.gradient_checkpointing is True
+        saves = "a smaller model.max_length" if recomputes else "training.gradient_checkpointing=true"
         return f"out of memory at step {progress.step + 1} (try {saves} or a smaller batch; {last_good})"
     lines = recipe_lines(training, Progress(pieces=2) if smaller else Progress(recomputing=True))
     keeps = " keeps the effective batch" if smaller else ""
