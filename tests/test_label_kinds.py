@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from toolkit.cli import main
 from toolkit.config.load import load_recipe
 from toolkit.errors import RecipeError
-from toolkit.evaluation.figures import probabilities
+from toolkit.evaluation.decision import Decision
 from toolkit.export.merge import merge_adapter
 from toolkit.finetune import finetune
 from toolkit.inference.evaluate import evaluate
@@ -108,7 +108,7 @@ def test_a_merged_model_answers_alike_in_stock_transformers(recipe_of, tmp_path,
         found = stock(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits
     np.testing.assert_allclose(found, logits, atol=1e-4)
     answers = pipeline("text-classification", model=stock, tokenizer=tokenizer, top_k=None)(TEXTS)
-    expected = probabilities(logits, problem_type=kind)
+    expected = Decision().probabilities(logits, problem_type=kind)
     names = ["call", "dinner", "prize"] if kind == SEVERAL else ["score"]
     for answer, row, prediction in zip(answers, expected, live.predict(TEXTS), strict=True):
         by_name = {one["label"]: one["score"] for one in answer}
@@ -158,9 +158,65 @@ def test_it_goes_on_bit_equal_with_kept_states(recipe_of, tmp_path, kind):
     assert one.keys() == other.keys()
 
 
+@pytest.mark.parametrize("kind", [SEVERAL, "single_label_classification"])
+def test_a_decision_fitted_on_validation_is_kept_and_applied(recipe_of, tmp_path, kind, capsys):
+    """It stands in the manifest, in a merged config, in report and card; predict applies it, logits stay the same."""
+    table = tmp_path / "two.csv"
+    table.write_text("text,label\n" + "".join(f"{text},{'ham' if labels else 'spam'}\n" for text, labels in rows()))
+    wanted = ["evaluation.calibrate=true", "evaluation.threshold=f1", "evaluation.baselines=false"]
+    if kind != SEVERAL:
+        wanted += [f"data={{source: '{table}'}}", "evaluation.threshold={precision: 0.9}"]
+    record = finetune(recipe_of(SEVERAL, "gpt2", "run", *wanted))
+    run, test = tmp_path / "run", record["metrics"]["test"]
+    manifest = json.loads((run / "adapter" / "manifest.json").read_text())
+    assert manifest["temperature"] == test["calibrated"]["temperature"] != 1
+    assert manifest["thresholds"] == test["tuned"]["thresholds"]
+    assert set(manifest["thresholds"]) == ({"call", "dinner", "prize"} if kind == SEVERAL else {"spam"})
+    assert {"accuracy", "f1_macro", "per_label"} <= test["tuned"].keys() & test.keys()
+    merge_adapter(run, tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["calibration_temperature"] == manifest["temperature"]
+    assert config["decision_thresholds"] == manifest["thresholds"]
+    for artifact in (run, tmp_path / "merged"):
+        live = Classifier.load(artifact)
+        logits = live.logits(TEXTS).astype(np.float64) / manifest["temperature"]
+        for row, prediction in zip(logits, live.predict(TEXTS), strict=True):
+            odds = 1 / (1 + np.exp(-row)) if kind == SEVERAL else np.exp(row) / np.exp(row).sum()
+            assert list(prediction.scores.values()) == pytest.approx(odds)
+            given = {name for name, cut in manifest["thresholds"].items() if prediction.scores[name] >= cut}
+            assert given == (set(prediction.labels) if kind == SEVERAL else {prediction.label} - {"ham"})
+    from transformers import AutoModelForSequenceClassification
+
+    # Stock transformers gives the logits that the merge was proven for.
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert stock.config.decision_thresholds == manifest["thresholds"]
+    data = str(table if kind != SEVERAL else tmp_path / "data.jsonl")
+    assert evaluate(run, data)["tuned"]["thresholds"] == manifest["thresholds"]
+    assert main(["evaluate", str(run), "--data", data]) == 0
+    assert "calibrated: temperature" in capsys.readouterr().out
+    assert "temperature scaling" in (run / "README.md").read_text()
+    assert "thresholds tuned on the validation texts" in (run / "report.html").read_text()
+
+
+def test_a_decision_needs_rows_and_two_labels(recipe_of, tmp_path):
+    table = tmp_path / "three.csv"
+    table.write_text("text,label\n" + "".join(f"text {i},{'abc'[i % 3]}\n" for i in range(60)))
+    single = f"data={{source: '{table}'}}"
+    with pytest.raises(RecipeError, match=r"evaluation.threshold: a threshold parts two labels, not 3"):
+        finetune(recipe_of(SEVERAL, "gpt2", "run", single, "evaluation.threshold=f1"))
+    split = "data.split={train: 0.8, validation: 0.0, test: 0.2}"
+    with pytest.raises(RecipeError, match=r"evaluation.calibrate: there are no validation rows"):
+        finetune(recipe_of(SEVERAL, "gpt2", "run", single, split, "evaluation.calibrate=true"))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        (["data.problem_type=regression", "evaluation.threshold=f1"], "evaluation.threshold: only labels have"),
+        (["data.problem_type=regression", "evaluation.calibrate=true"], "evaluation.calibrate: only labels have"),
+        (["evaluation.threshold=f2"], "evaluation.threshold"),
+        (["evaluation.threshold={precision: 1.5}"], "evaluation.threshold"),
         (["data.label_columns=[a, b]"], "data.label_columns: a text with one label has it in one column"),
         (["data.problem_type=regression", "data.labels=[a, b]"], "data.labels: numbers have no labels"),
         (["data.problem_type=regression", "data.balance=oversample"], "data.balance: rows that have several labels"),

@@ -176,6 +176,12 @@ def print_metrics(metrics: Any) -> None:
         OUT.print(f"accuracy {metrics['accuracy']:.4f}  (95 % interval {low:.4f} to {high:.4f})")
     shown = ("f1_macro", "f1_micro", "mean_average_precision", "mcc", "ece", "mae", "r2", "pearson", "spearman")
     OUT.print("  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics))
+    if found := metrics.get("calibrated"):
+        OUT.print("calibrated: " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+    if found := metrics.get("tuned"):
+        figures = "  ".join(f"{name} {found[name]:.4f}" for name in ("accuracy", *shown) if name in found)
+        from_ = ", ".join(f"{name} from {threshold:.4f}" for name, threshold in found["thresholds"].items())
+        OUT.print(f"tuned: {figures}  ({from_})", markup=False)
     each = metrics["per_label"] if "per_label" in metrics else metrics["per_target"]
     columns = list(next(iter(each.values())))
     table = Table("label", *(column.replace("support", "rows") for column in columns), box=None)

@@ -143,6 +143,7 @@ def _rows(record: RunRecord) -> list[tuple[str, str]]:
         metrics: Any = record["metrics"][part]
         if metrics is not None:
             rows.append((part, _figures(metrics)))
+            rows.extend(_decision(metrics))
     if record["metrics"]["baselines"]:
         beside = record["metrics"]["baselines"].items()
         shown = "accuracy" if record["problem_type"] != "regression" else "mae"
@@ -165,6 +166,18 @@ def _figures(metrics: Mapping[str, Any]) -> str:
     text = "  ".join(f"{name} {metrics[name]:.4f}" for name in FIGURES if name in metrics)
     interval = metrics.get("accuracy_interval")
     return text + (f"  (accuracy 95 % interval {interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+
+
+def _decision(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what a fitted temperature and tuned thresholds make of a part."""
+    rows = []
+    if found := metrics.get("calibrated"):
+        text = f"temperature {found['temperature']:.3g}: ece {metrics['ece']:.4f} -> {found['ece']:.4f}"
+        rows.append(("  calibrated", text))
+    if found := metrics.get("tuned"):
+        from_ = ", ".join(f"{name} from {threshold:.3g}" for name, threshold in found["thresholds"].items())
+        rows.append(("  tuned", f"{_figures(found)}  ({from_})"))
+    return rows
 
 
 def print_error(text: str) -> None:

@@ -21,6 +21,7 @@ from toolkit.data.load import LoadedData, load_data
 from toolkit.data.splits import save_split
 from toolkit.data.tokenize import load_tokenizer
 from toolkit.errors import CheckpointError, OutputError, Problem, RecipeError
+from toolkit.evaluation.decision import check_decision
 from toolkit.export.staging import check_space
 from toolkit.listener import SILENT, Listener
 from toolkit.models.base import Base, resolve_base
@@ -91,13 +92,15 @@ def check_fit(recipe: Recipe, data: LoadedData, base: Base) -> None:
 
     Raises:
         InputError: Targets or blocks that the base lacks, a prefix it cannot take, more or fewer class weights than
-            labels, token ids outside its vocabulary, or an output folder around or inside the inputs.
+            labels, nothing to fit a threshold on, token ids outside its vocabulary, or an output folder around or
+            inside the inputs.
     """
     check_method(recipe.method, base.family, config=base.config, max_length=recipe.model.max_length)
     weights, labels = recipe.training.loss.class_weights, data.label_map
     if isinstance(weights, list) and labels is not None and len(weights) != len(labels.names):
         right = f"one for each of {', '.join(labels.names[:20])}"
         raise RecipeError(Problem("", "training.loss.class_weights", f"{len(weights)} weights", right))
+    check_decision(recipe, validation=len(data.validation), labels=0 if labels is None else len(labels.names))
     for name, part in data.parts.items():
         if part.token_ids is not None:
             where = getattr(recipe.data, name) or recipe.data.source or recipe.data.train

@@ -9,7 +9,8 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn import metrics as reference
 
 from toolkit.errors import DivergedError
-from toolkit.evaluation.figures import all_figures, probabilities, validation_figures
+from toolkit.evaluation.decision import Decision
+from toolkit.evaluation.figures import all_figures, validation_figures
 
 NAMES = ("a", "b", "c", "d")
 SEVERAL, NUMBERS = "multi_label_classification", "regression"
@@ -48,7 +49,7 @@ def test_several_labels() -> None:
     cheap = validation_figures(logits, labels, problem_type=SEVERAL)
     assert cheap == {name: found[name] for name in cheap}
     assert {"loss", "accuracy", "f1_macro", "f1_micro", "mean_average_precision"} == set(cheap)
-    np.testing.assert_allclose(probabilities(logits, problem_type=SEVERAL), p)
+    np.testing.assert_allclose(Decision().probabilities(logits, problem_type=SEVERAL), p)
 
 
 def test_the_calibration_error_of_decisions_by_a_plain_loop() -> None:

@@ -13,7 +13,7 @@ import pytest
 from trained import INT8, LABELS, LORA, MAX_LENGTH, NF4, build_run
 
 from toolkit.config.schema import FullMethod
-from toolkit.export.artifact import find_artifact
+from toolkit.export.artifact import ArtifactFacts, find_artifact, write_manifest
 from toolkit.inference.predict import Classifier
 from toolkit.report.model_card import loading_snippet
 
@@ -30,6 +30,7 @@ def record_of(run: Path) -> Any:
         "data": {"labels": list(LABELS)},
         "quantization": manifest.quantization,
         "problem_type": manifest.problem_type,
+        "metrics": {"test": {"calibrated": {"temperature": manifest.temperature}} if manifest.temperature != 1 else {}},
     }
 
 
@@ -61,6 +62,20 @@ def test_adapter(
         assert line.startswith(prediction.text)
         # Printed to four digits; a stock 4-bit layer computes with bf16 scales on some CPUs.
         assert ast.literal_eval(line.removeprefix(prediction.text)) == pytest.approx(prediction.scores, abs=close)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_a_fitted_temperature_is_in_the_snippet(
+    pico_cache: PicoFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = build_run(tmp_path / "run", pico_cache("gpt2"), method=LORA)
+    facts = find_artifact(run).manifest
+    fitted = {name: getattr(facts, name) for name in ArtifactFacts.model_fields} | {"temperature": 2.5}
+    write_manifest(run / "adapter", ArtifactFacts(**fitted))
+    monkeypatch.chdir(run)
+    line = execute(loading_snippet(record_of(run)))[0]
+    (prediction,) = Classifier.load(run, device="cpu").predict(["A text to classify"])
+    assert ast.literal_eval(line.removeprefix(prediction.text)) == pytest.approx(prediction.scores, abs=2e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "distilbert"])

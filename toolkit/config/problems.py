@@ -50,7 +50,9 @@ def explain(error: ValidationError, documents: Mapping[Path, Document], recipe: 
         if path not in problems:
             wrong, right = _describe(item["type"], path, item["input"])
             problems[path] = Problem(locate(path, documents, recipe), dotted(path), wrong, right)
-    return list(problems.values())
+    # Nor is a section wrong beside what is wrong inside it.
+    around = {path[:end] for path in problems for end in range(1, len(path))}
+    return [problem for path, problem in problems.items() if path not in around]
 
 
 def dotted(path: Path) -> str:

@@ -260,6 +260,18 @@ RULES = (
         "leave loss out",
     ),
     Rule(
+        ("evaluation", "threshold"),
+        lambda r: r.evaluation.threshold is not None and (_is_regression(r) or r.objective != "classification"),
+        "only labels have a threshold",
+        "leave threshold out",
+    ),
+    Rule(
+        ("evaluation", "calibrate"),
+        lambda r: r.evaluation.calibrate and (_is_regression(r) or r.objective != "classification"),
+        "only labels have probabilities",
+        "leave calibrate out",
+    ),
+    Rule(
         ("evaluation", "metric"),
         lambda r: r.objective == "classification" and r.evaluation.metric not in METRICS[r.data.problem_type],
         "is no metric of this problem_type",

@@ -199,6 +199,14 @@ class LanguageModelingSettings(Section):
     )
 
 
+class PrecisionTarget(Section):
+    """A wish for the decision threshold."""
+
+    precision: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="Share of right texts among those given the label; of such thresholds the one that finds most."
+    )
+
+
 class EvaluationSettings(Section):
     """When validation runs and what picks the best checkpoint."""
 
@@ -210,6 +218,16 @@ class EvaluationSettings(Section):
     )
     early_stopping_patience: PositiveInt | None = Field(
         default=None, description="Stop after this many evaluations without a better metric."
+    )
+    threshold: Literal["f1"] | PrecisionTarget | None = Field(
+        default=None,
+        description="Tune the probability from which a label is given on the validation rows, for F1 or a precision: "
+        "of each label where a text may have several, else of the second of two labels. null: the likeliest, or 0.5.",
+    )
+    calibrate: bool = Field(
+        default=False,
+        description="Fit a temperature for the probabilities on the validation rows (arXiv:1706.04599); toolkit "
+        "predict divides logits by it.",
     )
     baselines: bool = Field(
         default=True, description="Judge the commonest label and TF-IDF with logistic regression on the test rows too."

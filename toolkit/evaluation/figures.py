@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from toolkit.config.schema import ProblemType
 from toolkit.evaluation import metrics, multi_label, regression
+from toolkit.evaluation.decision import Decision
 
 Floats = NDArray[np.floating]
+PLAIN = Decision()
 
 
 def validation_figures(logits: Floats, targets: NDArray[Any], *, problem_type: ProblemType) -> dict[str, float]:
@@ -34,29 +36,29 @@ def validation_figures(logits: Floats, targets: NDArray[Any], *, problem_type: P
 
 
 def all_figures(
-    logits: Floats, targets: NDArray[Any], *, problem_type: ProblemType, names: Sequence[str]
-) -> Mapping[str, Any]:
-    """Return every figure on one part of the data.
+    logits: Floats,
+    targets: NDArray[Any],
+    *,
+    problem_type: ProblemType,
+    names: Sequence[str],
+    decision: Decision = PLAIN,
+) -> dict[str, Any]:
+    """Return every figure on one part of the data; what a decision changes stands beside the plain figures.
 
     Args:
         logits: (N, C), finite.
         targets: As ``data.targets`` has them for this kind.
         problem_type: What the targets are.
         names: The C names in id order.
+        decision: What was fitted on validation.
 
     Raises:
         DivergedError: If a logit is not finite.
         ValueError: If the shapes do not fit, or there are no rows.
     """
     if problem_type == "regression":
-        return regression.regression_metrics(logits, targets, names=names)
+        return dict(regression.regression_metrics(logits, targets, names=names))
+    beside = decision.figures(logits, targets, problem_type=problem_type, names=names)
     if problem_type == "multi_label_classification":
-        return multi_label.multi_label_metrics(logits, targets, names=names)
-    return metrics.classification_metrics(logits, targets, names=names)
-
-
-def probabilities(logits: Floats, *, problem_type: ProblemType) -> NDArray[np.float64]:
-    """Return (N, C): a softmax over one label's rivals, a sigmoid of each label, or the numbers themselves."""
-    if problem_type == "regression":
-        return logits.astype(np.float64)
-    return multi_label.sigmoid(logits) if problem_type == "multi_label_classification" else metrics.softmax(logits)
+        return {**multi_label.multi_label_metrics(logits, targets, names=names), **beside}
+    return {**metrics.classification_metrics(logits, targets, names=names), **beside}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,8 +121,29 @@ def cross_entropy(logits: Floats, labels: Ints) -> float:
 
 def confusion_matrix(logits: Floats, labels: Ints) -> NDArray[np.int64]:
     """Return counts (C, C): rows are true labels, columns the labels with the highest logit."""
-    classes = logits.shape[1]
-    cells = labels.astype(np.int64) * classes + logits.argmax(axis=1)
+    return _confusion(logits.argmax(axis=1), labels, classes=logits.shape[1])
+
+
+def confusion_figures(predicted: Ints, labels: Ints, *, names: Sequence[str]) -> dict[str, Any]:
+    """Return accuracy, macro F1, MCC, figures of every label and confusion matrix of decisions already made.
+
+    Args:
+        predicted: (N,), ids in [0, C).
+        labels: (N,), ids in [0, C).
+        names: The C label names in id order.
+    """
+    confusion = _confusion(predicted, labels, classes=len(names))
+    return {
+        "accuracy": float(np.trace(confusion) / len(labels)),
+        "f1_macro": _f1_macro(confusion),
+        "mcc": matthews_correlation(confusion),
+        "per_label": _per_label(confusion, names),
+        "confusion": confusion.tolist(),
+    }
+
+
+def _confusion(predicted: Ints, labels: Ints, *, classes: int) -> NDArray[np.int64]:
+    cells = labels.astype(np.int64) * classes + predicted
     return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
 
 

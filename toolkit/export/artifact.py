@@ -65,6 +65,8 @@ class ArtifactFacts(_Part):
         model_type: ``gpt2`` or ``distilbert``.
         merge: Figures of the merge that made this model, or None if it was trained as it stands.
         problem_type: What the labels are, as transformers spells it.
+        temperature: Logits are divided by it for calibrated probabilities; 1 where none was fitted.
+        thresholds: Calibrated probability from which a label is given, by name; none where none was tuned.
     """
 
     kind: Literal["adapter", "model"]
@@ -76,6 +78,8 @@ class ArtifactFacts(_Part):
     model_type: Text
     merge: dict[str, Any] | None = None
     problem_type: ProblemType = "single_label_classification"
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
 
 
 class Manifest(ArtifactFacts):
@@ -95,6 +99,11 @@ class Manifest(ArtifactFacts):
     def _names_stay_inside(self) -> Manifest:
         if any(name in (".", "..", MANIFEST) for name in self.files):
             raise ValueError("files: names a folder or the manifest itself")
+        # Of two labels that exclude each other, the second has the threshold.
+        single = self.problem_type == "single_label_classification"
+        having = (self.labels[1:] if len(self.labels) == 2 else []) if single else self.labels
+        if not set(self.thresholds) <= set(having):
+            raise ValueError("thresholds: of labels that have none")
         return self
 
 

@@ -17,7 +17,7 @@ from toolkit.config.schema import QuantizationSettings
 from toolkit.data.tokenize import load_tokenizer
 from toolkit.export.artifact import Artifact, ArtifactFacts, Manifest, verify_files, write_manifest
 from toolkit.export.mergeable import find_mergeable
-from toolkit.export.model import tensor_shapes, write_model_files
+from toolkit.export.model import note_decision, tensor_shapes, write_model_files
 from toolkit.export.parity import Parity, prove_parity, reference_logits
 from toolkit.export.staging import staged_folder
 from toolkit.export.stream import MAX_SHARD_BYTES, Read
@@ -169,6 +169,7 @@ def _skeleton(base: Base, manifest: Manifest) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
             classifier_config(base, labels=tuple(manifest.labels), problem_type=manifest.problem_type)
         )
+    note_decision(model, manifest)
     return model
 
 

@@ -11,6 +11,7 @@ import torch
 
 from toolkit.durable import room_on_disk
 from toolkit.errors import ModelError, Problem
+from toolkit.export.artifact import ArtifactFacts
 from toolkit.export.staging import check_output, check_space, staged_folder
 from toolkit.export.stream import DTYPES, MAX_SHARD_BYTES, Content, Read, Shapes, write_tensors
 
@@ -120,6 +121,17 @@ def stored_config(model: PreTrainedModel, *, dtype: torch.dtype) -> dict[str, An
     settings: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))
     kept = {key: value for key, value in settings.items() if key not in STALE}
     return kept | {"architectures": [type(model).__name__], "dtype": str(dtype).removeprefix("torch.")}
+
+
+def note_decision(model: Any, facts: ArtifactFacts) -> None:
+    """Write temperature and thresholds, where there are any, into the config that is stored with a model.
+
+    Stock transformers keeps them, and applies neither.
+    """
+    if facts.temperature != 1:
+        model.config.calibration_temperature = facts.temperature
+    if facts.thresholds:
+        model.config.decision_thresholds = facts.thresholds
 
 
 def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path, *, model_type: str, max_length: int | None) -> None:

@@ -54,7 +54,9 @@ def evaluate(
     else:
         assert part.texts is not None
         logits = classifier.logits(part.texts.to_pylist(), batch_size=batch_size)
-    return all_figures(logits, part.labels, problem_type=manifest.problem_type, names=names)
+    return all_figures(
+        logits, part.labels, problem_type=manifest.problem_type, names=names, decision=classifier.decision
+    )
 
 
 def _targets(manifest: Manifest, column: str | None, separator: str) -> TargetFormat:

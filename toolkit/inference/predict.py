@@ -17,6 +17,7 @@ from toolkit.config.schema import ProblemType, QuantizationSettings
 from toolkit.data.tokenize import Tokenizer, load_tokenizer
 from toolkit.data.tokens import TokenTable
 from toolkit.errors import AdapterError, Problem
+from toolkit.evaluation.decision import Decision
 from toolkit.evaluation.evaluate import predict_logits
 from toolkit.export.artifact import Artifact, find_artifact, verify_files
 from toolkit.export.trained_base import check_settings, resolve_trained_base
@@ -41,6 +42,7 @@ class Classifier:
     Attributes:
         labels: Names of the labels, or of the targets of a regression, in id order.
         problem_type: What the labels are.
+        decision: Temperature and thresholds fitted on validation.
         max_length: Tokens of a text that are read; the rest is cut off.
     """
 
@@ -51,10 +53,11 @@ class Classifier:
         *,
         labels: Sequence[str],
         problem_type: ProblemType = "single_label_classification",
+        decision: Decision | None = None,
         max_length: int,
         device: torch.device,
     ) -> None:
-        self.labels, self.problem_type = tuple(labels), problem_type
+        self.labels, self.problem_type, self.decision = tuple(labels), problem_type, decision or Decision()
         self.max_length = max_length
         self._model, self._tokenizer, self._device = model.eval(), tokenizer, device
 
@@ -100,6 +103,7 @@ class Classifier:
             load_tokenizer(artifact.folder, kind=base.family.tokenizer),
             labels=manifest.labels,
             problem_type=manifest.problem_type,
+            decision=Decision(manifest.temperature, manifest.thresholds),
             max_length=manifest.max_length,
             device=target,
         )
@@ -119,7 +123,9 @@ class Classifier:
         if not texts:
             return []
         logits = self.logits(texts, batch_size=batch_size)
-        return build_predictions(texts, logits, problem_type=self.problem_type, names=self.labels)
+        return build_predictions(
+            texts, logits, problem_type=self.problem_type, names=self.labels, decision=self.decision
+        )
 
     def predict_stream(self, texts: Iterable[str], *, batch_size: int = 32) -> Iterator[AnyPrediction]:
         """Classify texts as they come, in bounded memory and in their order.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.config.schema import ProblemType
-from toolkit.evaluation.figures import probabilities
+from toolkit.evaluation.decision import Decision
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Prediction:
 
     Attributes:
         text: The text, as given.
-        label: The likeliest label.
+        label: The likeliest label; of two labels with a tuned threshold, what that says.
         scores: Probability of every label, in id order; they add up to 1.
     """
 
@@ -33,7 +33,7 @@ class LabelsPrediction:
 
     Attributes:
         text: The text, as given.
-        labels: Those whose probability is 0.5 or more, in id order.
+        labels: Those whose probability reaches their threshold, 0.5 unless it was tuned, in id order.
         scores: Probability of every label, each on its own, in id order.
     """
 
@@ -59,7 +59,12 @@ AnyPrediction = Prediction | LabelsPrediction | NumbersPrediction
 
 
 def build_predictions(
-    texts: Sequence[str], logits: NDArray[np.floating], *, problem_type: ProblemType, names: Sequence[str]
+    texts: Sequence[str],
+    logits: NDArray[np.floating],
+    *,
+    problem_type: ProblemType,
+    names: Sequence[str],
+    decision: Decision,
 ) -> list[AnyPrediction]:
     """Return what the logits say of each text.
 
@@ -68,15 +73,17 @@ def build_predictions(
         logits: (N, C).
         problem_type: What the labels are.
         names: The C names in id order.
+        decision: What was fitted on validation.
     """
-    found = probabilities(logits, problem_type=problem_type)
-    return [_build(text, row, problem_type, names) for text, row in zip(texts, found, strict=True)]
-
-
-def _build(text: str, row: NDArray[np.float64], problem_type: ProblemType, names: Sequence[str]) -> AnyPrediction:
-    scores = {name: float(value) for name, value in zip(names, row, strict=True)}
+    found = decision.probabilities(logits, problem_type=problem_type)
+    scores = [dict(zip(names, row, strict=True)) for row in found.tolist()]
     if problem_type == "regression":
-        return NumbersPrediction(text=text, values=scores)
+        return [NumbersPrediction(text, values) for text, values in zip(texts, scores, strict=True)]
     if problem_type == "multi_label_classification":
-        return LabelsPrediction(text=text, labels=[name for name, p in scores.items() if p >= 0.5], scores=scores)
-    return Prediction(text=text, label=names[int(row.argmax())], scores=scores)
+        given = [
+            [name for name, there in zip(names, row, strict=True) if there]
+            for row in decision.given(found, names=names)
+        ]
+        return [LabelsPrediction(*one) for one in zip(texts, given, scores, strict=True)]
+    chosen = [names[index] for index in decision.chosen(found, names=names)]
+    return [Prediction(*one) for one in zip(texts, chosen, scores, strict=True)]

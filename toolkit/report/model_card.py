@@ -101,6 +101,8 @@ def _adapter_snippet(record: RunRecord) -> str:
     quantised, folder = record["quantization"], json.dumps(record["artifact"]["folder"])
     head = HEADS[record["problem_type"]]
     found = "numbers" if head == "none" else "probabilities"
+    fitted = ((record["metrics"] or {}).get("test") or {}).get("calibrated")
+    logits = f"(model(**batch).logits / {fitted['temperature']!r})" if fitted else "model(**batch).logits"
     imports = "AutoModelForSequenceClassification, AutoTokenizer" + (", BitsAndBytesConfig" if quantised else "")
     return _lines(
         "import torch",
@@ -127,7 +129,7 @@ def _adapter_snippet(record: RunRecord) -> str:
         f'    texts, padding=True, truncation=True, max_length={record["artifact"]["max_length"]}, return_tensors="pt"',
         ")",
         "with torch.inference_mode():",
-        f"    {found} = model(**batch).logits{OUTPUTS[head]}",
+        f"    {found} = {logits}{OUTPUTS[head]}",
         f"for text, row in zip(texts, {found}):",
         "    print(text, {label: round(p, 4) for label, p in zip(labels, row.tolist())})",
     )

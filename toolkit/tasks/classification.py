@@ -22,6 +22,7 @@ from toolkit.data.parts import Part
 from toolkit.data.shuffle import epoch_order
 from toolkit.data.targets import Targets
 from toolkit.evaluation.baselines import Tokens, baselines
+from toolkit.evaluation.decision import Decision, fit_decision
 from toolkit.evaluation.evaluate import predict_logits
 from toolkit.evaluation.figures import all_figures, validation_figures
 from toolkit.evaluation.mistakes import Mistake, worst_mistakes
@@ -81,6 +82,7 @@ class ClassificationTask:
         if isinstance(recipe.method, LoraMethod) and recipe.method.variant == "eva":
             self._start_from_texts()
         self._test_logits: Floats | None = None
+        self._decision, self._warnings = Decision(), data.warnings
 
     def _build(self, plan: PrefixPlan | None) -> None:
         """Load the model with its method, and keep the states of its frozen blocks if there is a plan for them."""
@@ -126,11 +128,23 @@ class ClassificationTask:
         return validation_figures(logits, self._labels["validation"], problem_type=self._kind)
 
     def judge(self, part: str) -> dict[str, Any]:
-        """Return every figure of one part, by the whole model."""
-        logits = self._logits(part)
+        """Return every figure of one part, by the whole model; validation comes first and fits the decision."""
+        logits, targets = self._logits(part), self._labels[part]
         if part == "test":
             self._test_logits = logits
-        return dict(all_figures(logits, self._labels[part], problem_type=self._kind, names=self._names))
+        elif self._kind != "regression":
+            self._fit_decision(logits, targets)
+        return all_figures(logits, targets, problem_type=self._kind, names=self._names, decision=self._decision)
+
+    def _fit_decision(self, logits: Floats, targets: Targets) -> None:
+        self._decision, warnings = fit_decision(
+            logits, targets, settings=self._recipe.evaluation, problem_type=self._kind, names=self._names
+        )
+        self._warnings.extend(warnings)
+        if found := self._decision.describe():
+            self._listener.say(f"decision, fitted on validation: {found}")
+        for warning in warnings:
+            self._listener.say(f"warning: {warning}")
 
     def baselines(self) -> dict[str, Any]:
         """Return the figures of the baselines on the test rows."""
@@ -190,7 +204,15 @@ class ClassificationTask:
             # No base exists that the adapter could be loaded onto.
             merged: Any = model
             model, kind = merged.merge_and_unload(), "model"
-        write_artifact(model, folder / kind, kind=kind, recipe=self._recipe, base=self._base, labels=self._names)
+        write_artifact(
+            model,
+            folder / kind,
+            kind=kind,
+            recipe=self._recipe,
+            base=self._base,
+            labels=self._names,
+            decision=self._decision,
+        )
         return kind
 
 

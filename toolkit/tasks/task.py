@@ -14,9 +14,10 @@ from toolkit.config.schema import Recipe
 from toolkit.data.parts import LoadedData, Part
 from toolkit.data.tokenize import Tokenizer
 from toolkit.data.tokens import Encoded, TokenTable
+from toolkit.evaluation.decision import Decision
 from toolkit.evaluation.mistakes import Mistake
 from toolkit.export.artifact import ArtifactFacts, BaseReference, write_manifest
-from toolkit.export.model import copy_tokenizer, save_model
+from toolkit.export.model import copy_tokenizer, note_decision, save_model
 from toolkit.export.staging import staged_folder
 from toolkit.listener import Listener
 from toolkit.memory.measure import MemoryWatch
@@ -111,7 +112,14 @@ def _encode(part: Part, tokenizer: Tokenizer, *, max_length: int) -> Encoded:
 
 
 def write_artifact(
-    model: Any, folder: pathlib.Path, *, kind: Kind, recipe: Recipe, base: Base, labels: tuple[str, ...]
+    model: Any,
+    folder: pathlib.Path,
+    *,
+    kind: Kind,
+    recipe: Recipe,
+    base: Base,
+    labels: tuple[str, ...],
+    decision: Decision | None = None,
 ) -> None:
     """Write an adapter or model folder with its tokenizer and manifest, in the place of an older one.
 
@@ -120,6 +128,8 @@ def write_artifact(
     """
     shutil.rmtree(folder, ignore_errors=True)
     max_length = recipe.model.max_length
+    facts = artifact_facts(recipe, base=base, kind=kind, labels=labels, decision=decision or Decision())
+    note_decision(model, facts)
     with staged_folder(folder) as staging:
         if kind == "adapter":
             save_adapter(model, staging)
@@ -128,10 +138,12 @@ def write_artifact(
             streamed = any(parameter.is_meta for parameter in model.parameters())
             read = StoredTensors(base.path, base.family).pieces if streamed else None
             save_model(model, staging, read=read, tokenizer_from=base.path, max_length=max_length)
-        write_manifest(staging, artifact_facts(recipe, base=base, kind=kind, labels=labels))
+        write_manifest(staging, facts)
 
 
-def artifact_facts(recipe: Recipe, *, base: Base, kind: Kind, labels: tuple[str, ...]) -> ArtifactFacts:
+def artifact_facts(
+    recipe: Recipe, *, base: Base, kind: Kind, labels: tuple[str, ...], decision: Decision
+) -> ArtifactFacts:
     """Return what an artifact's manifest says beside its files."""
     return ArtifactFacts(
         kind=kind,
@@ -144,4 +156,6 @@ def artifact_facts(recipe: Recipe, *, base: Base, kind: Kind, labels: tuple[str,
         max_length=recipe.model.max_length,
         model_type=base.family.model_type,
         problem_type=recipe.data.problem_type,
+        temperature=decision.temperature,
+        thresholds=dict(decision.thresholds),
     )
