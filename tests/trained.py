@@ -12,6 +12,7 @@ from toolkit.adapters.apply import apply_method
 from toolkit.adapters.save import save_adapter
 from toolkit.config.methods import Method, leaves_adapter
 from toolkit.config.schema import (
+    HeadSettings,
     LoraMethod,
     ModelSettings,
     QuantizationSettings,
@@ -19,6 +20,7 @@ from toolkit.config.schema import (
 from toolkit.export.artifact import ArtifactFacts, BaseReference, write_manifest
 from toolkit.export.model import copy_tokenizer, save_model
 from toolkit.models.base import Base, resolve_base
+from toolkit.models.heads import own_head
 from toolkit.models.load import load_classifier
 
 LABELS = ("ham", "spam", "größer")
@@ -36,10 +38,11 @@ def build_run(
     quantization: QuantizationSettings | None = None,
     dtype: str = "fp32",
     problem_type: Any = "single_label_classification",
+    head: HeadSettings | None = None,
 ) -> Path:
     """Write a run folder whose trained weights are random and large enough to change every answer."""
     folder.mkdir(parents=True)
-    found = resolve_base(ModelSettings(base=str(base), max_length=MAX_LENGTH))
+    found = resolve_base(ModelSettings(base=str(base), max_length=MAX_LENGTH, head=head))
     model = train(found, method=method, quantization=quantization, problem_type=problem_type)
     adapter = leaves_adapter(method)
     artifact = folder / ("adapter" if adapter else "model")
@@ -86,4 +89,5 @@ def facts_of(base: Base, *, method: dict[str, Any], quantization: Any, adapter: 
         labels=list(LABELS),
         max_length=MAX_LENGTH,
         model_type=base.family.model_type,
+        head=HeadSettings(**described) if (described := own_head(base.head, base.config)) else None,
     )

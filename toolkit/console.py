@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from toolkit.report.wording import OWN_HEAD
+
 if TYPE_CHECKING:
     from toolkit.report.run_record import RunRecord
 
@@ -123,6 +125,8 @@ def print_result(record: RunRecord, folder: pathlib.Path) -> None:
     for label, name in (("report", "report.html"), ("card", "README.md"), (artifact, artifact)):
         # Never wrapped: a path is there to be copied.
         OUT.print(f"{label + ':':<10}{folder / name}", soft_wrap=True, markup=False)
+    if record["artifact"]["head"]:
+        OUT.print(f"{'head:':<10}{OWN_HEAD}", soft_wrap=True, markup=False)
 
 
 def _rows(record: RunRecord) -> list[tuple[str, str]]:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Pooling = Literal["last", "first", "mean", "max"]
+# A head that stock transformers cannot express: its module, its key in config.json, and what then stands before the
+# architecture's name in `model_type`, so that stock transformers says it does not know the model.
+OWN_HEAD = "classification_head"
+OWN_TYPE = "toolkit_"
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class Family:
         norms: Suffixes of every layer norm.
         mlp_out: Suffix of the MLP's second layer.
         fan_in_fan_out: Whether those layers are Conv1D, whose weights are stored (in, out).
-        pooling: Which token is classified: the last real one, or the first ([CLS]).
+        pooling: What is classified: the last real token, the first ([CLS]), or the mean or maximum of all.
         tokenizer: Which tokenisation the architecture was trained with.
         positions_key: Key of config.json with the number of positions.
         layers_key: Key of config.json with the number of blocks.
@@ -44,13 +51,31 @@ class Family:
     norms: tuple[str, ...]
     mlp_out: str
     fan_in_fan_out: bool
-    pooling: Literal["last", "first"]
+    pooling: Pooling
     tokenizer: Literal["bpe", "wordpiece"]
     positions_key: str
     layers_key: str
     width_key: str
     heads_key: str
     takes_cache: bool
+
+    @property
+    def own_head(self) -> bool:
+        """Whether the head is the toolkit's own, which stock transformers cannot express."""
+        return self.head[0] == OWN_HEAD
+
+    @property
+    def output_layer(self) -> str:
+        """Module path of the layer that gives the logits."""
+        return f"{OWN_HEAD}.out_proj" if self.own_head else self.head[-1]
+
+    @property
+    def pools_one(self) -> bool:
+        """Whether a row is classified by one token that has seen all others; the last block then answers for it alone.
+
+        With a cache of earlier tokens, the first token has seen none.
+        """
+        return self.pooling == "last" or (self.pooling == "first" and not self.takes_cache)
 
 
 FAMILIES = {
@@ -97,3 +122,18 @@ FAMILIES = {
         takes_cache=False,
     ),
 }
+
+
+def with_head(family: Family, head: Mapping[str, Any] | None) -> Family:
+    """Return a family with the head that a config.json describes under ``OWN_HEAD``; None leaves the stock one.
+
+    The stock name of the last layer stays, with an empty tensor in it (``models.classification_head``).
+    """
+    if head is None:
+        return family
+    return replace(family, pooling=head["pooling"], head=(OWN_HEAD, family.head[-1]))
+
+
+def family_of(config: Any) -> Family:
+    """Return the family of a transformers config, in memory, with the head that it describes."""
+    return with_head(FAMILIES[config.model_type], getattr(config, OWN_HEAD, None))

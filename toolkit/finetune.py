@@ -27,7 +27,7 @@ from toolkit.listener import SILENT, Listener
 from toolkit.models.base import Base, resolve_base
 from toolkit.report.metrics_log import MetricsLog
 from toolkit.report.run_record import RunRecord, read_run_record
-from toolkit.report.wording import memory_sentence
+from toolkit.report.wording import OWN_HEAD, memory_sentence
 from toolkit.run_folder import RunFolder
 from toolkit.runtime import memory_errors, process_rank
 
@@ -117,6 +117,8 @@ def describe_inputs(data: LoadedData, base: Base) -> list[str]:
     lines = [f"base: {base.used}" + (f" (instead of {base.requested}, out of reach)" if base.offline else "")]
     for origin in data.origins:
         lines.append(f"data: {origin.name}, {origin.rows:,} rows from {origin.served}, sha256 {origin.sha256[:12]}")
+    if base.family.pooling == "first" and not base.family.pools_one:
+        lines.append("warning: model.head.pooling is first, and the first token of GPT-2 has seen no other")
     lines.append("split: " + ", ".join(f"{name} {len(part):,}" for name, part in data.parts.items()))
     return lines + [f"warning: {warning}" for warning in data.warnings]
 
@@ -209,6 +211,8 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
         return read_run_record(folder.result)
     memory.enter("export")
     artifact = task.save(folder.path)
+    if base.family.own_head and data.label_map:
+        listener.say(OWN_HEAD)
     if recipe.evaluation.baselines and "test" in metrics:
         memory.enter("baselines")
         if runtime.available_bytes() < BASELINE_BYTES:

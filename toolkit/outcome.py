@@ -13,6 +13,7 @@ from toolkit.config.schema import Recipe
 from toolkit.data.parts import LoadedData
 from toolkit.evaluation.mistakes import Mistake
 from toolkit.models.base import Base
+from toolkit.models.heads import own_head
 from toolkit.report.curves import draw_confusion, draw_curves, draw_memory
 from toolkit.report.html import ErrorExample, write_report
 from toolkit.report.metrics_log import MetricsLog
@@ -53,7 +54,12 @@ def build_record(
         "problem_type": recipe.data.problem_type,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "base": named,
-        "artifact": {"kind": artifact, "folder": artifact, "max_length": recipe.model.max_length},
+        "artifact": {
+            "kind": artifact,
+            "folder": artifact,
+            "max_length": recipe.model.max_length,
+            "head": own_head(base.head, base.config) if data.label_map else None,
+        },
         "data": {
             "origins": origins,
             "rows": {name: len(part) for name, part in data.parts.items()},

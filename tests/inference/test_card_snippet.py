@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from trained import INT8, LABELS, LORA, MAX_LENGTH, NF4, build_run
 
-from toolkit.config.schema import FullMethod
+from toolkit.config.schema import FullMethod, HeadSettings
 from toolkit.export.artifact import ArtifactFacts, find_artifact, write_manifest
 from toolkit.inference.predict import Classifier
 from toolkit.report.model_card import loading_snippet
@@ -26,7 +26,12 @@ def record_of(run: Path) -> Any:
     manifest = artifact.manifest
     return {
         "base": {**manifest.base.model_dump(), "model_type": manifest.model_type},
-        "artifact": {"kind": artifact.kind, "folder": artifact.folder.name, "max_length": MAX_LENGTH},
+        "artifact": {
+            "kind": artifact.kind,
+            "folder": artifact.folder.name,
+            "max_length": MAX_LENGTH,
+            "head": None if manifest.head is None else manifest.head.model_dump(),
+        },
         "data": {"labels": list(LABELS)},
         "quantization": manifest.quantization,
         "problem_type": manifest.problem_type,
@@ -105,3 +110,14 @@ def test_other_kinds_of_labels(
             found = {score["label"]: score["score"] for score in found[0]}
         assert found == pytest.approx(expected, abs=1e-4)
         assert sum(expected.values()) != pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", [LORA, FullMethod(name="full")], ids=lambda method: method.name)
+def test_a_head_of_the_toolkits_own(
+    method: Any, pico_cache: PicoFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = HeadSettings(pooling="mean", hidden=[16])
+    run = build_run(tmp_path / "run", pico_cache("distilbert"), method=method, head=head)
+    monkeypatch.chdir(run)
+    (line,) = execute(loading_snippet(record_of(run)))
+    assert line == str(Classifier.load(run).predict(["A text to classify"]))

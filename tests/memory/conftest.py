@@ -16,8 +16,10 @@ MakeRecipe = Callable[..., Recipe]
 def recipe() -> MakeRecipe:
     """A recipe of a method and training settings; base and data are never read."""
 
-    def make(method: dict[str, Any], *, bits: int | None = None, **training: Any) -> Recipe:
-        sections: dict[str, Any] = {"model": {"base": "x"}, "data": {"source": "y"}, "method": method}
+    def make(
+        method: dict[str, Any], *, bits: int | None = None, head: dict[str, Any] | None = None, **training: Any
+    ) -> Recipe:
+        sections: dict[str, Any] = {"model": {"base": "x", "head": head}, "data": {"source": "y"}, "method": method}
         sections["training"] = {"epochs": 1, **training}
         sections["quantization"] = None if bits is None else {"bits": bits}
         return Recipe.model_validate(sections)

@@ -13,9 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 from toolkit.adapters.apply import apply_method
 from toolkit.config.schema import Recipe
 from toolkit.data.tokens import TokenTable
-from toolkit.families import FAMILIES
+from toolkit.families import FAMILIES, family_of
 from toolkit.memory.prefix_cache import DTYPES, PrefixCache
 from toolkit.models.forward import CLASSIFIERS, checkpoint_activations, unwrapped
+from toolkit.models.heads import own_head
 from toolkit.training.in_backward import InBackward
 from toolkit.training.objectives import ClassificationObjective
 from toolkit.training.optim import build_optimizer
@@ -55,8 +56,10 @@ def build_model(config: dict[str, Any], recipe: Recipe) -> torch.nn.Module:
         **{key: value for key, value in config.items() if key != "model_type"}, num_labels=2, pad_token_id=0
     )
     made.use_cache = False
+    if described := own_head(recipe.model.head, config):
+        made.classification_head = described
     model = CLASSIFIERS[kind](made)
-    model = apply_method(model, recipe.method, family=FAMILIES[kind], base_name="pico", seed=1)
+    model = apply_method(model, recipe.method, family=family_of(made), base_name="pico", seed=1)
     if blocks := recipe.training.recomputed_blocks(config[FAMILIES[kind].layers_key]):
         checkpoint_activations(model, blocks)
     return model

@@ -90,6 +90,46 @@ def test_a_step_of_every_rung_needs_about_what_was_predicted(recipe, family, nam
     assert predicted.allocated_bytes == pytest.approx(real.peak, rel=RUNGS[name])
 
 
+WIDE_HEAD = {"pooling": "max", "hidden": [3000, 500]}
+HEADS = {
+    "mean": (LORA, {"pooling": "mean"}, 0),
+    "max": (FULL, {"pooling": "max", "hidden": [128]}, 0),
+    "last": (LAST, {"pooling": "last", "hidden": [128]}, 0),
+    "wide": (WIDE, WIDE_HEAD, 0),
+    "kept": (HEAD, WIDE_HEAD, 3),
+    "kept_blocks": (LAST, {"pooling": "mean"}, 2),
+}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+@pytest.mark.parametrize("case", HEADS)
+def test_a_step_with_a_head_of_the_toolkits_own_needs_what_was_predicted(recipe, family, case):
+    method, head, kept = HEADS[case]
+    checked = recipe(method, head=head, prefix_cache={"dtype": "fp16"})
+    config = {**CONFIGS[family], **DROPPING[family]}
+    shape = model_shape(config, checked, labels=2)
+    batch = MicroBatch.of(LENGTHS[8])
+    real = measure(config, checked, LENGTHS[8], kept=kept)
+    predicted = estimate(
+        shape,
+        batches=[batch],
+        evaluation=[],
+        training=checked.training,
+        quantization=None,
+        device="cpu",
+        low_precision=False,
+        prefix=[MicroBatch.of([2])] if kept else [],
+        chunk_tokens=2 if kept else 0,
+    )
+    assert shape.frozen >= kept
+    assert shape.trainable == real.trainable
+    held = sum(resident(shape, training=checked.training, quantization=None, device="cpu").values())
+    assert held == pytest.approx(real.held, rel=0.001)
+    unseen = (batch.rows if kept == shape.layers else batch.tokens) * shape.width * 2 if kept else 0
+    # Found: at most 2 % too little, on kept states.
+    assert predicted.allocated_bytes == pytest.approx(real.peak + unseen, rel=0.03)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "distilbert"])
 def test_gradients_that_are_used_at_once_do_not_add_up(recipe, family):
     # So few tokens that gradients, not activations, make the peak.

@@ -23,7 +23,7 @@ RECORD: RunRecord = {
         "name_or_path": "openai-community/gpt2",
         "model_type": "gpt2",
     },
-    "artifact": {"kind": "adapter", "folder": "adapter", "max_length": 256},
+    "artifact": {"kind": "adapter", "folder": "adapter", "max_length": 256, "head": None},
     "data": {
         "origins": [
             {

@@ -110,7 +110,7 @@ def test_every_snippet_compiles(kind: str, bits: int | None, record: RunRecord) 
 def test_a_language_model_gets_a_card(record: RunRecord, tmp_path: pathlib.Path) -> None:
     record["objective"] = "language_modeling"
     record["method"], record["quantization"] = {"name": "full"}, None
-    record["artifact"] = {"kind": "model", "folder": "model", "max_length": 128}
+    record["artifact"] = {"kind": "model", "folder": "model", "max_length": 128, "head": None}
     record["data"] |= {"labels": [], "counts": {}}
     record["metrics"] = {"validation": {"loss": 5.7, "perplexity": 298.9}, "test": None}
     card = write(record, tmp_path)

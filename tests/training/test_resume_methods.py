@@ -53,7 +53,9 @@ class Losses:
     def evaluated(self, step: int, metrics: Any) -> None: ...
 
 
-def recipe_of(tmp_path: Path, base: Path, method: Method, *, storage: str = "fp32", **training: Any) -> Recipe:
+def recipe_of(
+    tmp_path: Path, base: Path, method: Method, *, storage: str = "fp32", head: Any = None, **training: Any
+) -> Recipe:
     """Return a recipe of three steps an epoch."""
     file = tmp_path / "texts.csv"
     rows = [f"{'ham' if i % 2 else 'spam'},{'see you at dinner' if i % 2 else 'a free prize'} {i}" for i in range(30)]
@@ -61,7 +63,7 @@ def recipe_of(tmp_path: Path, base: Path, method: Method, *, storage: str = "fp3
     settings = {"max_steps": 8, "batch_size": 7, "learning_rate": 1e-2} | training
     return Recipe.model_validate(
         {
-            "model": {"base": str(base), "max_length": 16},
+            "model": {"base": str(base), "max_length": 16, "head": head},
             "data": {"source": str(file)},
             "method": method.model_dump(),
             "quantization": None if STORAGE[storage] is None else STORAGE[storage].model_dump(),
@@ -103,7 +105,25 @@ def trainer_of(recipe: Recipe, checkpoints: Path) -> tuple[Trainer, Task, Losses
 
 @pytest.mark.parametrize(("name", "family", "storage"), CASES)
 def test_it_ends_bit_equal(pico_cache: PicoFolder, tmp_path: Path, name: str, family: str, storage: str) -> None:
-    recipe = recipe_of(tmp_path, pico_cache(family), LADDER[name], storage=storage)
+    end_bit_equal(recipe_of(tmp_path, pico_cache(family), LADDER[name], storage=storage), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "storage", "head"),
+    [
+        ("full", "gpt2", "fp32", {"pooling": "mean"}),
+        ("lora", "distilbert", "nf4", {"pooling": "max", "hidden": [24], "dropout": 0.3}),
+        ("head", "distilbert", "fp32", {"pooling": "mean", "hidden": [24, 8], "dropout": 0.3}),
+        ("last_n", "gpt2", "fp32", {"dropout": 0.3}),
+    ],
+)
+def test_a_head_ends_bit_equal(
+    pico_cache: PicoFolder, tmp_path: Path, name: str, family: str, storage: str, head: Any
+) -> None:
+    end_bit_equal(recipe_of(tmp_path, pico_cache(family), LADDER[name], storage=storage, head=head), tmp_path)
+
+
+def end_bit_equal(recipe: Recipe, tmp_path: Path) -> None:
     trainer, task, losses = trainer_of(recipe, tmp_path / "checkpoints")
     before = {key: tensor.clone() for key, tensor in trainable_state(task.model).items()}
     trainer.fit()

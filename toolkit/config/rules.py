@@ -206,6 +206,12 @@ RULES = (
         "leave method out",
     ),
     Rule(
+        ("model", "head"),
+        lambda r: _is_lm(r) and r.model.head is not None,
+        "language_modeling classifies nothing",
+        "leave head out",
+    ),
+    Rule(
         ("data", "balance"),
         lambda r: _is_lm(r) and (r.data.balance is not None or r.data.labels is not None),
         "language_modeling has no labels",

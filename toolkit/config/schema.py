@@ -23,6 +23,23 @@ ProblemType = Literal["single_label_classification", "multi_label_classification
 Label = Annotated[str, Field(min_length=1), BeforeValidator(_label_text)]
 
 
+class HeadSettings(Section):
+    """The layers that make logits of a text's hidden states."""
+
+    pooling: Literal["last", "first", "mean", "max"] | None = Field(
+        default=None,
+        description="What of a text is classified: its last token, its first, or the mean or maximum of all; null: the "
+        "architecture's own (GPT-2 last, DistilBERT first).",
+    )
+    hidden: list[PositiveInt] = Field(
+        default_factory=list, description="Widths of hidden layers between pooled state and labels; [] is linear."
+    )
+    activation: Literal["relu", "gelu", "tanh"] = Field(default="relu", description="Behind each hidden layer.")
+    dropout: Fraction = Field(
+        default=0.1, description="Behind each hidden layer's activation; of a linear head, on the pooled state."
+    )
+
+
 class ModelSettings(Section):
     """Which pre-trained model is tuned."""
 
@@ -37,6 +54,12 @@ class ModelSettings(Section):
     embeddings_from: Name | None = Field(
         default=None,
         description="With random_init: project this encoder's word embeddings into the new token embeddings.",
+    )
+    head: HeadSettings | None = Field(
+        default=None,
+        description="The classification head; null: the architecture's own. Stock transformers loads what it can "
+        "express: on GPT-2 a linear head on the last token, on DistilBERT one hidden layer of the model's width with "
+        "relu on the first. What it cannot, the toolkit alone loads.",
     )
 
 

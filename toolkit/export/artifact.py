@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from toolkit.config.schema import ProblemType
+from toolkit.config.schema import HeadSettings, ProblemType
 from toolkit.durable import sha256, write_file_atomically
 from toolkit.errors import AdapterError, Problem
 
@@ -67,6 +67,7 @@ class ArtifactFacts(_Part):
         problem_type: What the labels are, as transformers spells it.
         temperature: Logits are divided by it for calibrated probabilities; 1 where none was fitted.
         thresholds: Calibrated probability from which a label is given, by name; none where none was tuned.
+        head: The head where it is the toolkit's own, as config.json holds it; None for a stock one.
     """
 
     kind: Literal["adapter", "model"]
@@ -80,6 +81,7 @@ class ArtifactFacts(_Part):
     problem_type: ProblemType = "single_label_classification"
     temperature: Annotated[float, Field(gt=0)] = 1.0
     thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    head: HeadSettings | None = None
 
 
 class Manifest(ArtifactFacts):
@@ -134,7 +136,8 @@ def write_manifest(folder: pathlib.Path, facts: ArtifactFacts) -> Manifest:
     visible = [name for name in names if not name.startswith(".")]
     files = {name: FileFacts(sha256=sha256(folder / name), bytes=(folder / name).stat().st_size) for name in visible}
     manifest = Manifest(**facts.model_dump(), format=1, files=files, toolkit_version=_version())
-    text = json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False, allow_nan=False)
+    content = manifest.model_dump(exclude={"head"} if manifest.head is None else None)
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     write_file_atomically(folder / MANIFEST, text + "\n")
     return manifest
 

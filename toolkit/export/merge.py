@@ -18,7 +18,7 @@ from toolkit.data.tokenize import load_tokenizer
 from toolkit.export.artifact import Artifact, ArtifactFacts, Manifest, verify_files, write_manifest
 from toolkit.export.mergeable import find_mergeable
 from toolkit.export.model import note_decision, tensor_shapes, write_model_files
-from toolkit.export.parity import Parity, prove_parity, reference_logits
+from toolkit.export.parity import Parity, empty_classifier, prove_parity, reference_logits
 from toolkit.export.staging import staged_folder
 from toolkit.export.stream import MAX_SHARD_BYTES, Read
 from toolkit.export.trained_base import check_settings, resolve_trained_base
@@ -26,6 +26,7 @@ from toolkit.export.weights import MergedWeights
 from toolkit.models.base import Base
 from toolkit.models.load import classifier_config, load_classifier
 from toolkit.models.stored import StoredTensors
+from toolkit.report.wording import OWN_HEAD
 from toolkit.runtime import return_freed_memory
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class MergeReport:
         bytes: Bytes of the weights.
         parity: Figures of the proof.
         seconds: Wall time, the proof included.
+        note: What the model asks of whoever loads it; empty where stock transformers does.
     """
 
     output: pathlib.Path
@@ -56,6 +58,7 @@ class MergeReport:
     bytes: int
     parity: Parity
     seconds: float
+    note: str = ""
 
     def __str__(self) -> str:
         parity = self.parity
@@ -64,6 +67,7 @@ class MergeReport:
             f"{self.bytes / 1e6:.1f} MB of {self.dtype} in {self.seconds:.1f} s\n"
             f"logits of {parity.texts} texts against the live model: {parity.max_abs:.2g} apart at most, "
             f"{parity.relative:.2g} of the largest (allowed: {parity.bound:.0e})"
+            + (f"\n{self.note}" if self.note else "")
         )
 
 
@@ -76,7 +80,9 @@ def merge_adapter(
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> MergeReport:
-    """Write one standalone classifier that stock transformers loads, and prove that its logits are the trained ones.
+    """Write one standalone classifier, and prove that its logits are the trained ones.
+
+    Stock transformers loads it, unless its head is the toolkit's own.
 
     The base's tensors are read, changed and written one at a time. A run that trained the model's own weights has
     nothing to merge; its model is written anew in ``dtype``.
@@ -132,6 +138,7 @@ def merge_adapter(
         bytes=size,
         parity=parity,
         seconds=time.perf_counter() - started,
+        note=OWN_HEAD if found.family.own_head else "",
     )
 
 
@@ -162,13 +169,10 @@ def _quantization(manifest: Manifest) -> QuantizationSettings | None:
 
 
 def _skeleton(base: Base, manifest: Manifest) -> PreTrainedModel:
-    """Return the stock classifier without memory: names, shapes, layer types and config."""
-    from transformers import AutoModelForSequenceClassification
-
+    """Return the classifier without memory: names, shapes, layer types and config."""
+    config = classifier_config(base, labels=tuple(manifest.labels), problem_type=manifest.problem_type)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
-            classifier_config(base, labels=tuple(manifest.labels), problem_type=manifest.problem_type)
-        )
+        model: PreTrainedModel = empty_classifier(config)
     note_decision(model, manifest)
     return model
 

@@ -1,4 +1,4 @@
-"""A standalone model as a folder that stock transformers loads: weights, config and tokenizer."""
+"""A standalone model as a folder: weights, config and tokenizer; stock transformers loads it, if it has the head."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from toolkit.errors import ModelError, Problem
 from toolkit.export.artifact import ArtifactFacts
 from toolkit.export.staging import check_output, check_space, staged_folder
 from toolkit.export.stream import DTYPES, MAX_SHARD_BYTES, Content, Read, Shapes, write_tensors
+from toolkit.families import OWN_HEAD, OWN_TYPE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +29,15 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 # Left from where a base came from or how training ran; none of it is true of the exported file.
-STALE = ("_name_or_path", "name_or_path", "use_cache", "torch_dtype", "quantization_config", "task_specific_params")
+STALE = (
+    "_name_or_path",
+    "name_or_path",
+    "use_cache",
+    "torch_dtype",
+    "quantization_config",
+    "task_specific_params",
+    "head_dropout",
+)
 
 
 def save_model(
@@ -117,10 +126,13 @@ def tensor_shapes(model: PreTrainedModel) -> Shapes:
 
 
 def stored_config(model: PreTrainedModel, *, dtype: torch.dtype) -> dict[str, Any]:
-    """Return config.json of an exported model."""
+    """Return config.json of an exported model; stock transformers knows neither type nor class of an own head."""
     settings: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))
     kept = {key: value for key, value in settings.items() if key not in STALE}
-    return kept | {"architectures": [type(model).__name__], "dtype": str(dtype).removeprefix("torch.")}
+    name = type(model).__name__
+    if OWN_HEAD in kept:
+        kept, name = kept | {"model_type": f"{OWN_TYPE}{kept['model_type']}"}, f"Toolkit{name}"
+    return kept | {"architectures": [name], "dtype": str(dtype).removeprefix("torch.")}
 
 
 def note_decision(model: Any, facts: ArtifactFacts) -> None:

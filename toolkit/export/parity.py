@@ -1,4 +1,7 @@
-"""The proof of a merge: the exported folder, read by stock transformers, gives the live adapter's logits."""
+"""The proof of a merge: the exported folder, read by stock transformers, gives the live adapter's logits.
+
+A model with a head of the toolkit's own is read by the toolkit instead, and runs the stock padded body.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from toolkit.data.batching import collate
 from toolkit.data.tokenize import Tokenizer
 from toolkit.errors import ToolkitError
 from toolkit.evaluation.evaluate import predict_logits
-from toolkit.families import FAMILIES
-from toolkit.models.forward import classify
+from toolkit.families import family_of
+from toolkit.models.forward import CLASSIFIERS, classify
 from toolkit.models.headers import read_tensor_headers
-from toolkit.models.load import quiet_transformers
+from toolkit.models.load import quiet_transformers, read_config
 from toolkit.models.quantize import dequantized_weight, is_quantized
 from toolkit.models.stored import StoredTensors
 from toolkit.models.streamed import load_body, load_head, stream_blocks
@@ -115,50 +118,65 @@ def dequantize_layers(model: nn.Module) -> None:
 def prove_parity(
     folder: pathlib.Path, reference: Reference, tokenizer: Tokenizer, *, max_length: int, dtype: str
 ) -> Parity:
-    """Load ``folder`` with stock transformers and compare its logits with the live model's.
+    """Load ``folder`` anew and compare its logits with the live model's.
 
     Raises:
         ToolkitError: If they differ by more than the bound, or its tokenizer reads a probe text differently.
     """
     _prove_tokenizer(folder, tokenizer, max_length=max_length)
-    model = stock_model(folder)
-    found = _probe(
-        lambda batch: model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
-        tokenizer,
-        max_length=max_length,
-    )
+    found = _probe(padded_forward(exported_model(folder)), tokenizer, max_length=max_length)
     bound = max(BOUNDS[dtype], QUANTISED_BOUND if reference.bits else 0.0)
     parity = _compare(found, reference, bound=bound)
     _check(parity, reference, dtype=dtype)
     return parity
 
 
-def stock_model(folder: pathlib.Path) -> nn.Module:
-    """Return the classifier that stock transformers makes of a folder, in float32, with its blocks left on disk.
+def padded_forward(model: Any) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+    """Return what makes logits (B, labels) of a padded batch by the stock body, not by the forward of training."""
+
+    def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        logits: torch.Tensor
+        if family_of(model.config).own_head:
+            logits = model.head_logits(model.pooled_padded(ids, mask))
+        else:
+            logits = model(input_ids=ids, attention_mask=mask).logits
+        return logits
+
+    return run
+
+
+def empty_classifier(config: Any) -> Any:
+    """Return a config's classifier with random weights: the stock one, or with an own head the toolkit's."""
+    from transformers import AutoModelForSequenceClassification
+
+    if family_of(config).own_head:
+        return CLASSIFIERS[config.model_type](config)
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def exported_model(folder: pathlib.Path) -> nn.Module:
+    """Return the classifier that is made of a folder, in float32, with its blocks left on disk.
 
     Raises:
-        ToolkitError: If the folder's tensors are not exactly those that the stock model has.
+        ToolkitError: If the folder's tensors are not exactly those that the model has.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
     with quiet_transformers(), torch.device("meta"):
-        model: Any = AutoModelForSequenceClassification.from_config(
-            AutoConfig.from_pretrained(folder, local_files_only=True)
-        )
-    family = FAMILIES[model.config.model_type]
+        model = empty_classifier(read_config(folder))
+    family = family_of(model.config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     held = {name: info.shape for name, info in read_tensor_headers(folder).items()}
     if wanted != held:
         differ = sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name))
-        raise ToolkitError(f"{folder.name}: stock transformers has other tensors: {', '.join(differ[:3])}")
+        raise ToolkitError(f"{folder.name}: the model has other tensors: {', '.join(differ[:3])}")
     stored, blocks = StoredTensors(folder, family), model.config.to_dict()[family.layers_key]
     cpu = torch.device("cpu")
     stream_blocks(model, stored, family=family, count=blocks, device=cpu)
     load_body(model, stored, family=family, device=cpu)
     load_head(model, stored, family=family)
     model.streamed.hook()
-    stock: nn.Module = model.eval()
-    return stock
+    exported: nn.Module = model.eval()
+    return exported
 
 
 def _prove_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, *, max_length: int) -> None:

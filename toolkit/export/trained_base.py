@@ -35,7 +35,9 @@ def resolve_trained_base(artifact: Artifact, *, base: str | None = None, force: 
     manifest = artifact.manifest
     if artifact.kind == "model":
         return resolve_base(ModelSettings(base=str(artifact.folder), max_length=manifest.max_length))
-    found = resolve_base(ModelSettings(base=base or _name(artifact), max_length=manifest.max_length))
+    found = resolve_base(
+        ModelSettings(base=base or _name(artifact), max_length=manifest.max_length, head=manifest.head)
+    )
     wanted = manifest.base.fingerprint
     if found.fingerprint == wanted:
         return found

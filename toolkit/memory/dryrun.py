@@ -19,8 +19,8 @@ class DryRun:
         self.shape, self.batch, self.setting, self.tape = shape, batch, setting, tape
         self.layers = Layers(shape, batch, setting=setting, tape=tape)
         self.gpt2 = shape.family.tokenizer == "bpe"
-        # A prefix is handed to the stock padded forward, which answers for every token.
-        self.pools_last = shape.objective == "classification" and shape.prefix == 0
+        # A prefix is handed to the stock padded forward, which answers for every token, as does a mean over all.
+        self.pools_last = shape.objective == "classification" and shape.prefix == 0 and shape.family.pools_one
 
     def forward(self) -> Value:
         """Run embeddings, blocks and head; return the loss."""
@@ -85,10 +85,24 @@ class DryRun:
         tape, shape, batch = self.tape, self.shape, self.batch
         size = batch.rows * shape.labels * FULL
         own = (shape.head * FULL,) if self.setting.training else ()
+        if shape.family.own_head:
+            hidden = self._hidden_layers(hidden)
+            own = ((shape.head_layers[-1][0] + 1) * shape.labels * FULL,) if self.setting.training else ()
         tape.part = "logits"
         logits = tape.record(size, (hidden,), saves=(hidden,), parameters=own)
         tape.free(hidden)
         return self.layers.then(logits, tape.record(FULL, (logits,), extra=size))
+
+    def _hidden_layers(self, hidden: Value) -> Value:
+        """Run what of a head of the toolkit's own stands before its last layer."""
+        tape, shape, layers = self.tape, self.shape, self.layers
+        for before, after in shape.head_layers[:-1]:
+            own = (before * after * FULL, after * FULL) if self.setting.training else ()
+            wide = tape.record(self.batch.rows * after * FULL, (hidden,), saves=(hidden,), parameters=own)
+            hidden = layers.then(hidden, wide)
+            hidden = layers.then(hidden, tape.record(hidden.size, (hidden,), saves_output=True))
+            hidden = layers.dropout(hidden, shape.head_dropout)
+        return hidden if shape.hidden else layers.dropout(hidden, shape.head_dropout)
 
     def _token_loss(self, hidden: Value) -> Value:
         """Project the predicted positions onto the classes: logits, their float copy and log-probabilities."""

@@ -128,8 +128,9 @@ def estimate(
         if learns:
             tape.backward(loss)
         moment = f"{name}, {tape.peak_moment}"
-        # A classifier's last block runs for one token a row, and frozen blocks without a backward pass.
-        learning = max(0, shape.layers - shape.frozen - (shape.objective == "classification"))
+        # A classifier's last block mostly runs for one token a row, and frozen blocks without a backward pass.
+        single = shape.objective == "classification" and shape.family.pools_one
+        learning = max(0, shape.layers - shape.frozen - single)
         free = holes(widest=tape.widest, blocks=learning if learns else None) if device == "cpu" else 0
         parts = _breakdown(tape, framework=framework, allocator=free)
         found.append(Estimate(parts, moment, batch.tokens, batch.rows))

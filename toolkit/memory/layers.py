@@ -136,9 +136,9 @@ class Layers:
         return context
 
     def pool(self, hidden: Value) -> Value:
-        """Take the one token of each row that it is classified by."""
-        size = self.batch.rows * self.shape.width * FULL
-        return self.tape.record(size, (hidden,))
+        """Take the one token of each row that it is classified by, or the mean or maximum of all."""
+        size, largest = self.batch.rows * self.shape.width * FULL, self.shape.family.pooling == "max"
+        return self.tape.record(size, (hidden,), saves=(hidden,) if largest else (), saves_output=largest)
 
     def norm(self, source: Value, *, trained: bool) -> Value:
         """Run a layer norm."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from toolkit.config.schema import Recipe
 from toolkit.data.tokens import TokenTable
+from toolkit.families import FAMILIES
 from toolkit.listener import Listener
 from toolkit.memory.prefix_cache import (
     PrefixCache,
@@ -77,7 +78,7 @@ def plan_prefixes(
         return None
     dtype = dtype or settings.dtype
     width, pooled = base.config[base.family.width_key], blocks == base.config[base.family.layers_key]
-    facts = {
+    facts: dict[str, object] = {
         "base": base.fingerprint,
         "seed": recipe.training.seed if recipe.model.random_init else None,
         "blocks": blocks,
@@ -87,6 +88,8 @@ def plan_prefixes(
         "device": accelerator.device.type,
         "dtype": dtype,
     }
+    if pooled and base.family.pooling != FAMILIES[base.family.model_type].pooling:
+        facts["pooling"] = base.family.pooling
     parts = {name: tables[name] for name in KEPT_PARTS if len(tables[name])}
     keys = {name: prefix_key(**facts, table=table_sha256(table)) for name, table in parts.items()}
     needed = sum(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 from toolkit.adapters.freeze import trained_prefixes
@@ -21,8 +22,9 @@ from toolkit.config.methods import (
     VeraMethod,
 )
 from toolkit.config.schema import Recipe
-from toolkit.families import FAMILIES, Family
+from toolkit.families import FAMILIES, Family, with_head
 from toolkit.memory.linears import Linear, block_linears
+from toolkit.models.heads import own_head, settle_head
 
 # config.json's spellings: width of the MLP, dropout of residuals, embeddings and attention weights, activation.
 KEYS = {
@@ -61,6 +63,8 @@ class ModelShape:
         norms_train: Whether copies of all layer norms train beside them.
         prefix: Tokens of a trained prefix.
         buffers: Elements kept for the adapters that are no parameters.
+        hidden: Widths of the hidden layers of a head of the toolkit's own.
+        head_dropout: Probability in such a head.
     """
 
     family: Family
@@ -84,6 +88,8 @@ class ModelShape:
     norms_train: bool = False
     prefix: int = 0
     buffers: int = 0
+    hidden: tuple[int, ...] = ()
+    head_dropout: float = 0.0
 
     @property
     def embedding_tensors(self) -> tuple[int, ...]:
@@ -107,8 +113,16 @@ class ModelShape:
         square = self.width * self.width + self.width
         if self.objective == "language_modeling":
             return 0 if self.family.tokenizer == "bpe" else square + 2 * self.width + self.vocabulary
+        if self.family.own_head:
+            return sum((before + 1) * after for before, after in self.head_layers)
         # GPT-2's score has no bias; DistilBERT's head is a square layer and a classifier, both with one.
         return self.width * self.labels + (0 if len(self.family.head) == 1 else square + self.labels)
+
+    @property
+    def head_layers(self) -> tuple[tuple[int, int], ...]:
+        """Input and output width of each layer of a head of the toolkit's own."""
+        widths = (self.width, *self.hidden, self.labels)
+        return tuple(pairwise(widths))
 
     @property
     def adapters(self) -> int:
@@ -173,7 +187,8 @@ def model_shape(config: Mapping[str, Any], recipe: Recipe, *, labels: int) -> Mo
     Raises:
         RecipeError: Targets that match no layer, or more blocks than there are.
     """
-    family = FAMILIES[config["model_type"]]
+    described = own_head(settle_head(recipe.model.head, config), config)
+    family = with_head(FAMILIES[config["model_type"]], described)
     inner_key, residual, embedding, attention, activation, heads = KEYS[family.model_type]
     width, layers = int(config[family.width_key]), int(config[family.layers_key])
     inner = int(config.get(inner_key) or 4 * width)
@@ -212,6 +227,8 @@ def model_shape(config: Mapping[str, Any], recipe: Recipe, *, labels: int) -> Mo
         norms_train=isinstance(method, LnTuningMethod),
         prefix=method.num_virtual_tokens if isinstance(method, PrefixMethod) else 0,
         buffers=_shared(method, linears),
+        hidden=tuple(described["hidden"]) if described else (),
+        head_dropout=described["dropout"] if described else 0.0,
     )
     if isinstance(method, LoraMethod) and method.variant == "pissa":
         # Its start is kept for the file.

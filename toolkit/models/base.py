@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from toolkit.config.schema import ModelSettings
+from toolkit.config.schema import HeadSettings, ModelSettings
 from toolkit.errors import ModelError, Problem, nearest
-from toolkit.families import FAMILIES, Family
+from toolkit.families import FAMILIES, Family, with_head
 from toolkit.models.fingerprint import fingerprint
 from toolkit.models.folder import check_model_folder
+from toolkit.models.heads import own_head, settle_head
 from toolkit.models.hub import HubUnreachableError, fetch_snapshot
 
 logger = logging.getLogger(__name__)
@@ -32,9 +33,10 @@ class Base:
         path: The local folder with config, weights and tokenizer.
         offline: Whether `offline_base` stood in for an unreachable `base`.
         name_or_path: What an ``adapter_config.json`` names: the hub id, or an absolute local path.
-        config: The content of config.json.
-        family: The architecture.
+        config: The content of config.json, `model_type` as stock transformers spells it.
+        family: The architecture, with the head that its classifier gets.
         weights: Whether the base's weights are used; False with ``random_init``.
+        head: The recipe's `model.head`, or what the base was trained with; None: the architecture's own.
     """
 
     requested: str
@@ -45,6 +47,7 @@ class Base:
     config: dict[str, Any]
     family: Family
     weights: bool = True
+    head: HeadSettings | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -82,8 +85,8 @@ def resolve_base(settings: ModelSettings) -> Base:
         The base that will be used.
 
     Raises:
-        ModelError: The base does not exist, is damaged, is unreachable without an `offline_base`, or has fewer
-            positions than `max_length`.
+        ModelError: The base does not exist, is damaged, is unreachable without an `offline_base`, has fewer positions
+            than `max_length`, or another head of the toolkit's own than the recipe.
     """
     try:
         path, name_or_path = _find(settings.base, field="model.base")
@@ -95,6 +98,7 @@ def resolve_base(settings: ModelSettings) -> Base:
     config = check_model_folder(path, family_types=sorted(FAMILIES), weights=weights)
     family = FAMILIES[config["model_type"]]
     _check_positions(settings, config, family=family, where=used)
+    head = settle_head(settings.head, config)
     return Base(
         requested=settings.base,
         used=used,
@@ -102,8 +106,9 @@ def resolve_base(settings: ModelSettings) -> Base:
         offline=offline,
         name_or_path=name_or_path,
         config=config,
-        family=family,
+        family=with_head(family, own_head(head, config)),
         weights=weights,
+        head=head,
     )
 
 

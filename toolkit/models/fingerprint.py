@@ -12,6 +12,7 @@ CHUNK_BYTES = 1 << 20
 ARCHITECTURE_KEYS = (
     "activation",
     "activation_function",
+    "classification_head",
     "dim",
     "hidden_dim",
     "layer_norm_epsilon",

@@ -1,9 +1,9 @@
 """Runs the body of a classifier without padding: one (tokens, width) matrix through every layer of a block.
 
 Embeddings, norms and linear layers see the real tokens of all rows one after another, attention sees each row alone,
-and the last block computes attention output and MLP for the one token that a row is classified by; its keys and values
-still come from all tokens. Every layer is called as the module that stands in the model, so layers of peft and
-bitsandbytes, dropout and autocast do what they do in the stock forward.
+and the last block computes attention output and MLP for the one token that a row is classified by, if it is one; its
+keys and values still come from all tokens. Every layer is called as the module that stands in the model, so layers of
+peft and bitsandbytes, dropout and autocast do what they do in the stock forward.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from transformers.activations import NewGELUActivation
 from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from toolkit.families import FAMILIES, Family
+from toolkit.families import Family, family_of
 from toolkit.models.absorbed import attend_absorbed, only_trained
+from toolkit.models.classification_head import pool_packed
 from toolkit.models.packing import Packing, attend, lay_out, pack
 
 Tensor = torch.Tensor
@@ -46,7 +47,7 @@ def has_flat_form(config: Mapping[str, Any]) -> bool:
 
 
 def pooled_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return the last hidden state (B, width) of the token that each row is classified by.
+    """Return what each row is classified by, (B, width): the last hidden state of one token, or a mean or maximum.
 
     It equals the stock padded forward to rounding: logits and every gradient to 3e-6 relative in float32.
 
@@ -58,14 +59,14 @@ def pooled_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
     family, flat = _families(model)
     ids, packing = pack(input_ids, attention_mask, pooling=family.pooling)
     [hidden] = _run(model, [flat.embed(model, ids, packing)], [packing], range(len(_blocks(model))))
-    return hidden.index_select(0, packing.row_of)
+    return _pooled(hidden, packing, family)
 
 
 def prefix_states(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, blocks: int) -> list[Tensor]:
     """Return what the first ``blocks`` blocks make of each batch: (N, width), the shortest row's tokens first.
 
-    If these are all blocks: (B, width), the last hidden state of the token that each row is classified by. A block
-    sees all batches before the next one runs, so that blocks whose weights are read for it are read once.
+    If these are all blocks: (B, width), what each row is classified by. A block sees all batches before the next one
+    runs, so that blocks whose weights are read for it are read once.
 
     Args:
         model: A classifier that ``runs_flat``.
@@ -78,7 +79,7 @@ def prefix_states(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, 
     states = _run(model, [flat.embed(model, *one) for one in packed], packings, range(blocks))
     if blocks < len(_blocks(model)):
         return states
-    return [hidden.index_select(0, packing.row_of) for hidden, packing in zip(states, packings, strict=True)]
+    return [_pooled(hidden, packing, family) for hidden, packing in zip(states, packings, strict=True)]
 
 
 def suffix_states(model: nn.Module, states: Tensor, lengths: Tensor, *, blocks: int) -> Tensor:
@@ -95,7 +96,7 @@ def suffix_states(model: nn.Module, states: Tensor, lengths: Tensor, *, blocks: 
     family, _ = _families(model)
     packing, _ = lay_out(lengths, pooling=family.pooling)
     [hidden] = _run(model, [states], [packing], range(blocks, len(_blocks(model))))
-    return hidden.index_select(0, packing.row_of)
+    return _pooled(hidden, packing, family)
 
 
 def _run(model: nn.Module, hidden: list[Tensor], packings: list[Packing], numbers: range) -> list[Tensor]:
@@ -103,7 +104,7 @@ def _run(model: nn.Module, hidden: list[Tensor], packings: list[Packing], number
     family, flat = _families(model)
     blocks = _blocks(model)
     for number in numbers:
-        block, last = blocks[number], number == len(blocks) - 1
+        block, last = blocks[number], family.pools_one and number == len(blocks) - 1
         recompute = block.gradient_checkpointing and block.training
         with _in_memory(model, number):
             for place, packing in enumerate(packings):
@@ -115,6 +116,12 @@ def _run(model: nn.Module, hidden: list[Tensor], packings: list[Packing], number
     return hidden
 
 
+def _pooled(hidden: Tensor, packing: Packing, family: Family) -> Tensor:
+    """Return (B, width) in the order of the batch, of what ``_run`` made of all blocks."""
+    rows = hidden if family.pools_one else pool_packed(hidden, packing, pooling=family.pooling)
+    return rows.index_select(0, packing.row_of)
+
+
 def _in_memory(model: Any, number: int) -> AbstractContextManager[None]:
     streamed = model.streamed
     within: bool = streamed is not None and number < streamed.count
@@ -123,12 +130,12 @@ def _in_memory(model: Any, number: int) -> AbstractContextManager[None]:
 
 def _families(model: nn.Module) -> tuple[Family, FlatFamily]:
     config: Any = model.config
-    return FAMILIES[config.model_type], FLAT[config.model_type]
+    return family_of(config), FLAT[config.model_type]
 
 
 def _blocks(model: nn.Module) -> list[Any]:
     config: Any = model.config
-    return list(model.get_submodule(FAMILIES[config.model_type].blocks).children())
+    return list(model.get_submodule(family_of(config).blocks).children())
 
 
 def _embed_gpt2(model: Any, ids: Tensor, packing: Packing) -> Tensor:
@@ -143,7 +150,7 @@ def _embed_distilbert(model: Any, ids: Tensor, packing: Packing) -> Tensor:
 
 
 def _block_gpt2(block: Any, hidden: Tensor, *, packing: Packing, last: bool) -> Tensor:
-    """Return a GPT-2 block's output: (N, width), or (B, width) of the pooled tokens if it is the last block."""
+    """Return a GPT-2 block's output: (N, width), or (B, width) of the pooled tokens if it is ``last``."""
     attention = block.attn
     options: dict[str, Any] = {
         "packing": packing,
@@ -178,7 +185,7 @@ def _activate(activation: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def _block_distilbert(block: Any, hidden: Tensor, *, packing: Packing, last: bool) -> Tensor:
-    """Return a DistilBERT block's output: (N, width), or (B, width) of the pooled tokens if it is the last block."""
+    """Return a DistilBERT block's output: (N, width), or (B, width) of the pooled tokens if it is ``last``."""
     attention = block.attention
     options: dict[str, Any] = {
         "packing": packing,

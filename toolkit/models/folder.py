@@ -9,8 +9,9 @@ from typing import Any
 
 from toolkit.durable import sha256
 from toolkit.errors import ModelError, Problem, nearest
-from toolkit.families import FAMILIES, Family
+from toolkit.families import FAMILIES, OWN_HEAD, Family, with_head
 from toolkit.models.headers import TensorInfo, parse_json, read_tensor_headers, weight_files
+from toolkit.models.heads import plain_config
 
 __all__ = ["TensorInfo", "check_model_folder", "read_tensor_headers", "weight_files"]
 
@@ -27,7 +28,7 @@ def check_model_folder(path: Path, *, family_types: Collection[str], weights: bo
         weights: Whether the weights will be used; without, a folder may lack them.
 
     Returns:
-        The content of config.json.
+        The content of config.json; ``model_type`` is the stock one where the head is the toolkit's own.
 
     Raises:
         ModelError: Every problem found, one line each; nothing of the folder was executed or unpickled.
@@ -38,9 +39,9 @@ def check_model_folder(path: Path, *, family_types: Collection[str], weights: bo
         raise ModelError(
             Problem(str(path), "adapter_config.json", "this is an adapter", "the folder of its base model, or merge it")
         )
-    config = _read_config(path)
+    config = plain_config(_read_config(path), where=str(path / "config.json"))
     _check_model_type(config, family_types=family_types, where=str(path / "config.json"))
-    family = FAMILIES[config["model_type"]]
+    family = with_head(FAMILIES[config["model_type"]], config.get(OWN_HEAD))
     problems = _config_problems(config, family=family, where=str(path / "config.json"))
     checks = (_weight_problems, _tokenizer_problems, _manifest_problems) if weights else (_tokenizer_problems,)
     for check in checks:
@@ -102,11 +103,11 @@ def _label_problems(config: Mapping[str, Any], *, where: str) -> list[Problem]:
 def _weight_problems(path: Path, *, config: Mapping[str, Any], family: Family) -> list[Problem]:
     tensors = read_tensor_headers(path)
     labels = config.get("id2label")
-    head = tensors.get(f"{family.head[-1]}.weight")
+    head = tensors.get(f"{family.output_layer}.weight")
     if head is None or labels is None or (head.shape and head.shape[0] == len(labels)):
         return []
     wrong = f"shape {list(head.shape)} for {len(labels)} labels in config.json"
-    return [Problem(str(head.file), f"{family.head[-1]}.weight", wrong, "a row per label")]
+    return [Problem(str(head.file), f"{family.output_layer}.weight", wrong, "a row per label")]
 
 
 def _tokenizer_problems(path: Path, *, config: Mapping[str, Any], family: Family) -> list[Problem]:

@@ -1,4 +1,4 @@
-"""Runs a classifier: the stock architectures, without padding, pooled on a real token, the head in its own dtype."""
+"""Runs a classifier: the stock architectures, without padding, pooled on real tokens, the head in its own dtype."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as functional
 import transformers
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from toolkit.families import FAMILIES
+from toolkit.families import OWN_HEAD, family_of
+from toolkit.models.classification_head import give_own_head, pool_padded
 from toolkit.models.flat import pooled_states, runs_flat, suffix_states
 from toolkit.models.streamed import StreamedBlocks
 from toolkit.parameters import trains
@@ -32,13 +34,19 @@ class Prefix(NamedTuple):
 
 
 class _FlatClassifier:
-    """The forward both classifiers share: without padding, one token a row, the head in its own dtype.
+    """The forward both classifiers share: without padding, one state a row, the head in its own dtype.
+
+    The head is the stock one, or where the config describes one, the toolkit's own.
 
     Attributes:
         streamed: The first blocks, where their weights stay in the base's files; else None.
     """
 
     streamed: StreamedBlocks | None = None
+
+    def __init__(self: Any, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        give_own_head(self, config)
 
     def forward(
         self: Any,
@@ -78,6 +86,20 @@ class _FlatClassifier:
             pooled = self.pooled_padded(input_ids, attention_mask)
         return SequenceClassifierOutput(logits=self.head_logits(pooled))
 
+    def pooled_padded(
+        self: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Any = None
+    ) -> torch.Tensor:
+        """Return what each row is classified by, (B, width), by the stock padded body."""
+        hidden = self.padded_states(input_ids, attention_mask, past_key_values)
+        mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        return pool_padded(hidden, mask, pooling=family_of(self.config).pooling)
+
+    def head_logits(self: Any, pooled: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, labels) of pooled states (B, width)."""
+        head = getattr(self, OWN_HEAD, self.stock_logits)
+        logits: torch.Tensor = head(pooled)
+        return logits
+
 
 class GPT2ForSequenceClassification(_FlatClassifier, transformers.GPT2ForSequenceClassification):  # type: ignore[misc]
     """Stock GPT-2 classifier that pools by attention mask.
@@ -87,17 +109,24 @@ class GPT2ForSequenceClassification(_FlatClassifier, transformers.GPT2ForSequenc
     name because `save_pretrained` writes the class name into config.json.
     """
 
-    def pooled_padded(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Any = None
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        # Of the recipe's head alone: a stock config has none.
+        self.head_dropout = getattr(config, "head_dropout", 0.0)
+
+    def padded_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Any
     ) -> torch.Tensor:
-        """Return (B, width) by the stock padded body."""
-        hidden = self.transformer(
+        """Return the last hidden states (B, T, width)."""
+        hidden: torch.Tensor = self.transformer(
             input_ids, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=False
         ).last_hidden_state
-        return _last_real(hidden, None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :])
+        return hidden
 
-    def head_logits(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, labels) of pooled states (B, width)."""
+    def stock_logits(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, labels) by the one layer of the architecture."""
+        if self.head_dropout:
+            pooled = functional.dropout(pooled, self.head_dropout, training=self.training)
         logits: torch.Tensor = self.score(_head_input(pooled, self.score))
         return logits
 
@@ -108,28 +137,21 @@ class DistilBertForSequenceClassification(
 ):
     """Stock DistilBERT classifier that runs without padding and whose fp32 head accepts a bf16 or fp16 body."""
 
-    def pooled_padded(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Return (B, width) by the stock padded body."""
+    def padded_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: None
+    ) -> torch.Tensor:
+        """Return the last hidden states (B, T, width)."""
         hidden: torch.Tensor = self.distilbert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return hidden[:, 0]
+        return hidden
 
-    def head_logits(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, labels) of pooled states (B, width)."""
+    def stock_logits(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, labels) by the two layers of the architecture."""
         pooled = self.pre_classifier(_head_input(pooled, self.pre_classifier))
         logits: torch.Tensor = self.classifier(self.dropout(torch.relu(pooled)))
         return logits
 
 
 CLASSIFIERS = {"gpt2": GPT2ForSequenceClassification, "distilbert": DistilBertForSequenceClassification}
-
-
-def _last_real(hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Return (B, H): each row's hidden state (B, T, H) at its last unmasked position."""
-    if attention_mask is None:
-        return hidden[:, -1]
-    positions = torch.arange(hidden.shape[1], device=hidden.device)
-    last = (positions * (attention_mask != 0)).argmax(dim=-1)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
 
 
 def _head_input(pooled: torch.Tensor, head: nn.Module) -> torch.Tensor:
@@ -166,7 +188,7 @@ def frozen_blocks(model: nn.Module) -> int:
         model: A classifier with its method applied, or a language model.
     """
     base = unwrapped(model)
-    family = FAMILIES[base.config.model_type]
+    family = family_of(base.config)
     if any(trains(p) for path in family.embeddings for p in base.get_submodule(path).parameters()):
         return 0
     if hasattr(model, "prompt_encoder"):
@@ -182,7 +204,7 @@ def frozen_blocks(model: nn.Module) -> int:
 def rest_frozen_blocks(model: nn.Module) -> None:
     """Put the embeddings and the blocks below the first trained one into eval mode, where there are such blocks."""
     count, base = frozen_blocks(model), unwrapped(model)
-    family = FAMILIES[base.config.model_type]
+    family = family_of(base.config)
     if count == 0:
         return
     trained, mode = list(base.get_submodule(family.blocks).children())[count:], model.training
@@ -212,5 +234,5 @@ def checkpoint_activations(model: nn.Module, blocks: int | None = None) -> None:
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     base.disable_input_require_grads()
     if blocks is not None:
-        for block in list(base.get_submodule(FAMILIES[base.config.model_type].blocks))[blocks:]:
+        for block in list(base.get_submodule(family_of(base.config).blocks))[blocks:]:
             block.gradient_checkpointing = False

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from toolkit.config.schema import ProblemType, QuantizationSettings
-from toolkit.families import Family
+from toolkit.families import OWN_HEAD, Family
 from toolkit.models.base import Base
+from toolkit.models.headers import parse_json
+from toolkit.models.heads import own_head, plain_config
 from toolkit.models.quantize import QuantizedLayers, bitsandbytes_config, check_quantization
 from toolkit.models.stored import StoredTensors, check_finite
 from toolkit.models.streamed import load_body, load_head, stream_blocks
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 GPT2_PAD = 50256
+# Where a config keeps the dropout of a head that the architecture has itself; GPT-2's has no place for it.
+HEAD_DROPOUT = {"gpt2": "head_dropout", "distilbert": "seq_classif_dropout"}
 
 
 def load_classifier(
@@ -120,6 +125,7 @@ def load_language_model(
     names = {"gpt2": transformers.GPT2LMHeadModel, "distilbert": transformers.DistilBertForMaskedLM}
     model_class = names[base.family.model_type]
     config = _base_config(base)
+    vars(config).pop(OWN_HEAD, None)
     with quiet_transformers(), torch.random.fork_rng(devices=_cuda_devices()):
         torch.manual_seed(seed)
         if random_init:
@@ -132,7 +138,7 @@ def load_language_model(
 
 
 def classifier_config(base: Base, *, labels: tuple[str, ...], problem_type: ProblemType) -> PretrainedConfig:
-    """Return the base's transformers config for a classifier of these labels.
+    """Return the base's transformers config for a classifier of these labels, with the head that it gets.
 
     By its problem_type a stock pipeline applies a softmax, a sigmoid for each label, or nothing.
     """
@@ -141,31 +147,50 @@ def classifier_config(base: Base, *, labels: tuple[str, ...], problem_type: Prob
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
     config.problem_type = problem_type
+    if base.family.own_head:
+        setattr(config, OWN_HEAD, own_head(base.head, base.config))
+    elif base.head is not None:
+        setattr(config, HEAD_DROPOUT[config.model_type], base.head.dropout)
     return config
 
 
 def seed_head(model: nn.Module, family: Family, *, seed: int) -> None:
-    """Draw the classification head from its own generator, so that it depends on `seed` and its shape alone."""
+    """Draw the classification head from its own generator, so that it depends on `seed` and its shape alone.
+
+    A layer has std `initializer_range`, a hidden layer of a head of the toolkit's own sqrt(2 / inputs) (He et al. 2015,
+    arXiv:1502.01852, equation 10): through narrow layers of 0.02 nothing would reach the labels.
+    """
     generator = torch.Generator().manual_seed(seed)
     std = float(model.config.initializer_range)  # type: ignore[union-attr, arg-type]
     for path in family.head:
         for name, parameter in model.get_submodule(path).named_parameters():
             drawn = torch.zeros(parameter.shape)
-            if name == "weight":
-                drawn.normal_(std=std, generator=generator)
+            if name.endswith("weight"):
+                spread = (2 / drawn.shape[1]) ** 0.5 if name.startswith("hidden.") else std
+                drawn.normal_(std=spread, generator=generator)
             parameter.data = drawn.to(parameter.device)
 
 
 def _base_config(base: Base) -> PretrainedConfig:
     """Return the base's config with no cache and a pad token (row 80: GPT-2 has none, it gets its eos)."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(base.path, local_files_only=True)
+    config = read_config(base.path)
     config.use_cache = False
     config.name_or_path = base.name_or_path
     if config.pad_token_id is None:
         eos = config.eos_token_id if config.eos_token_id is not None else GPT2_PAD
         config.pad_token_id = min(int(eos), config.vocab_size - 1)
+    return config
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """Return the transformers config of a checked model folder; of a model with an own head, that of its body too."""
+    from transformers import AutoConfig
+
+    settings = parse_json((folder / "config.json").read_bytes(), where=str(folder / "config.json"))
+    if OWN_HEAD not in settings:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    plain = plain_config(settings, where=str(folder / "config.json"))
+    config: PretrainedConfig = type(AutoConfig.for_model(plain["model_type"])).from_dict(plain)
     return config
 
 

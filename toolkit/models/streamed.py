@@ -138,7 +138,8 @@ def load_body(
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value) if kept is None else kept)
     for name, buffer in list(model.named_buffers()):
-        if buffer.is_meta:  # DistilBERT numbers its positions in a buffer that no file holds.
+        # DistilBERT numbers its positions in a buffer that no file holds.
+        if buffer.is_meta and not name.startswith(left):
             owner, _, leaf = name.rpartition(".")
             numbers = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
             model.get_submodule(owner).register_buffer(leaf, numbers, persistent=False)

@@ -7,16 +7,16 @@ import re
 from torch import nn
 
 from toolkit.errors import ModelError, Problem
-from toolkit.families import Family
+from toolkit.families import OWN_HEAD, Family
 from toolkit.models.base import Base
 from toolkit.models.headers import FLOAT_DTYPES, TensorInfo, read_tensor_headers
 
 # Heads of other tasks, and the causal masks that old GPT-2 files store as buffers: not read, not wanted.
 OTHER_HEADS = {
-    "gpt2": re.compile(r"lm_head\.weight|score\.weight|.*\.attn\.(bias|masked_bias)"),
+    "gpt2": re.compile(rf"lm_head\.weight|score\.weight|.*\.attn\.(bias|masked_bias)|{OWN_HEAD}\..*"),
     "distilbert": re.compile(
         r"(vocab_transform|vocab_layer_norm|vocab_projector|pre_classifier|classifier|qa_outputs)\.(weight|bias)"
-        r"|.*embeddings\.position_ids"
+        rf"|.*embeddings\.position_ids|{OWN_HEAD}\..*"
     ),
 }
 MAX_LISTED = 8
@@ -25,7 +25,8 @@ MAX_LISTED = 8
 def has_head(base: Base) -> bool:
     """Return whether the folder holds a whole classification head."""
     held = read_tensor_headers(base.path)
-    return all(f"{path}.weight" in held for path in base.family.head)
+    layers = {base.family.output_layer, *base.family.head} - {OWN_HEAD}
+    return all(f"{path}.weight" in held for path in layers)
 
 
 def check_tensors(base: Base, skeleton: nn.Module, *, head: bool) -> None:

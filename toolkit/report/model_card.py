@@ -64,7 +64,7 @@ def front_matter(record: RunRecord) -> str:
         license=LICENCES.get(base["used"]),
         # The hub refuses a card whose base_model is a local path.
         base_model=base["name_or_path"] if _is_hub_id(base["name_or_path"]) else None,
-        library_name="peft" if adapter else "transformers",
+        library_name="classifier-toolkit" if record["artifact"]["head"] else "peft" if adapter else "transformers",
         pipeline_tag="text-classification" if classifies else LANGUAGE_TASKS[family],
         tags=[family, record["method"]["name"], *(["peft"] if adapter else [])],
         metrics=list(METRICS[record["problem_type"]].values()) if classifies else ["perplexity"],
@@ -75,7 +75,7 @@ def front_matter(record: RunRecord) -> str:
 
 
 def loading_snippet(record: RunRecord) -> str:
-    """Return Python that loads the artifact with stock libraries, to be run inside the run folder."""
+    """Return Python that loads the artifact, with stock libraries if they can, to be run inside the run folder."""
     folder, base = record["artifact"]["folder"], record["base"]
     labels = record["data"]["labels"]
     if not labels:
@@ -85,6 +85,13 @@ def loading_snippet(record: RunRecord) -> str:
             "",
             f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})",
             f"model = {kind}.from_pretrained({json.dumps(folder)})",
+        )
+    if record["artifact"]["head"]:
+        return _lines(
+            "from toolkit import Classifier",
+            "",
+            f"classifier = Classifier.load({json.dumps(folder)})",
+            'print(classifier.predict(["A text to classify"]))',
         )
     if record["artifact"]["kind"] == "model":
         return _lines(

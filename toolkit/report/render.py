@@ -75,6 +75,7 @@ def _shared(record: RunRecord, recipe: str) -> dict[str, Any]:
         "language": language,
         "summary": wording.summary(record),
         "method": method[0].upper() + method[1:],
+        "head": wording.head_sentence(record["artifact"]["head"]),
         "storage": wording.storage_sentence(record["method"], record["quantization"]),
         "memory": wording.memory_kind(record["memory"]["kind"]),
         "majority": wording.majority_share(supports),

@@ -47,14 +47,17 @@ class ArtifactRecord(TypedDict):
     """What the run trained, as a folder inside the run folder.
 
     Attributes:
-        kind: ``adapter`` (stock peft loads it onto the base) or ``model`` (stock transformers loads it alone).
+        kind: ``adapter`` (stock peft loads it onto the base) or ``model`` (stock transformers loads it alone), unless
+            the head is the toolkit's own.
         folder: Its name inside the run folder.
         max_length: Tokens of a text the model reads; the rest is cut off.
+        head: Pooling, hidden widths, activation and dropout of a head that stock transformers lacks; else null.
     """
 
     kind: Literal["adapter", "model"]
     folder: str
     max_length: int
+    head: Mapping[str, Any] | None
 
 
 class OriginRecord(TypedDict):
@@ -256,11 +259,12 @@ def read_run_record(path: pathlib.Path) -> RunRecord:
         raise OutputError(Problem(where, "", "not a JSON object of a run", "the result.json that a run wrote"))
     if data.get("format") != FORMAT:
         raise OutputError(Problem(where, "format", f"is {data.get('format')!r}", f"{FORMAT}"))
-    # Records from before there was a cache, a prediction, or more than one kind of labels.
+    # Records from before there was a cache, a prediction, a head, or more than one kind of labels.
     data.setdefault("prefix_cache", None)
     data.setdefault("problem_type", "single_label_classification")
-    if isinstance(data.get("metrics"), dict):
-        data["metrics"].setdefault("baselines", None)
+    for section, key in (("metrics", "baselines"), ("artifact", "head")):
+        if isinstance(data.get(section), dict):
+            data[section].setdefault(key, None)
     memory = data.get("memory")
     if isinstance(memory, dict):
         data["memory"] = {**MEASURED_ALONE, "rss_bytes": memory.get("peak_bytes"), **memory}

@@ -100,6 +100,30 @@ def method_sentence(method: Mapping[str, Any]) -> str:
     return METHODS[name][1] if name in METHODS else f"method {name}"
 
 
+OWN_HEAD = (
+    "the classification head is the toolkit's own, which stock transformers and peft refuse to load: use toolkit "
+    "predict, toolkit evaluate or toolkit.Classifier"
+)
+POOLINGS = {
+    "last": "the last token",
+    "first": "the first token",
+    "mean": "the mean over all tokens",
+    "max": "the maximum over all tokens",
+}
+
+
+def head_sentence(head: Mapping[str, Any] | None) -> str:
+    """Return what a head of the toolkit's own is, as a sentence; empty for a stock one."""
+    if head is None:
+        return ""
+    pooled, hidden = POOLINGS[head["pooling"]], head["hidden"]
+    if not hidden:
+        return f"The head is one linear layer on {pooled}."
+    widths = ", ".join(map(str, hidden))
+    layers = f"a hidden layer of {widths}" if len(hidden) == 1 else f"hidden layers of {widths}"
+    return f"The head is {layers} with {head['activation']} and dropout {head['dropout']:g}, on {pooled}."
+
+
 def storage(quantization: Mapping[str, Any] | None) -> str:
     """Return how the frozen weights were stored, as ``4-bit NF4, double quantisation``."""
     if quantization is None:
