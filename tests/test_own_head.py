@@ -51,6 +51,7 @@ def test_from_recipe_to_merged_model(
     recipe = write_recipe(tmp_path, pico_cache(family), data, head=head, method=method, training=training)
     run = tmp_path / "run"
     assert main(["validate", str(recipe)]) == 0
+    assert "Stock transformers has none such" in capsys.readouterr().out
     assert main(["plan", str(recipe), "--json"]) == 0
     said = capsys.readouterr().out
     plan = json.loads(said[said.index("{") :])
@@ -76,9 +77,12 @@ def test_from_recipe_to_merged_model(
     assert main(["evaluate", str(tmp_path / "merged"), "--data", str(data)]) == 0
     assert "accuracy 1.0000" in capsys.readouterr().out
     # A merged model is a base, with its head.
-    again = write_recipe(tmp_path, tmp_path / "merged", data, head="null", method="{name: head}")
+    again = write_recipe(tmp_path, tmp_path / "merged", data, head="null", method="{name: lora}")
     assert main(["train", str(again), f"output.dir={tmp_path / 'again'}", "training.epochs=1"]) == 0
     assert json.loads((tmp_path / "again" / "result.json").read_text())["metrics"]["test"]["accuracy"] == 1.0
+    assert main(["merge", str(tmp_path / "again"), "-o", str(tmp_path / "twice")]) == 0
+    found = Classifier.load(tmp_path / "twice", device="cpu").logits(TEXTS)
+    assert np.abs(found - Classifier.load(tmp_path / "again", device="cpu").logits(TEXTS)).max() < 1e-4
 
 
 def test_pooled_states_are_kept_apart_by_their_pooling(pico_cache: PicoFolder, tmp_path: Path, data: Path) -> None:

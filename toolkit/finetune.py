@@ -25,9 +25,10 @@ from toolkit.evaluation.decision import check_decision
 from toolkit.export.staging import check_space
 from toolkit.listener import SILENT, Listener
 from toolkit.models.base import Base, resolve_base
+from toolkit.models.heads import own_head
 from toolkit.report.metrics_log import MetricsLog
 from toolkit.report.run_record import RunRecord, read_run_record
-from toolkit.report.wording import OWN_HEAD, memory_sentence
+from toolkit.report.wording import OWN_HEAD, head_sentence, memory_sentence
 from toolkit.run_folder import RunFolder
 from toolkit.runtime import memory_errors, process_rank
 
@@ -117,6 +118,9 @@ def describe_inputs(data: LoadedData, base: Base) -> list[str]:
     lines = [f"base: {base.used}" + (f" (instead of {base.requested}, out of reach)" if base.offline else "")]
     for origin in data.origins:
         lines.append(f"data: {origin.name}, {origin.rows:,} rows from {origin.served}, sha256 {origin.sha256[:12]}")
+    described = own_head(base.head, base.config) if data.label_map else None
+    if described is not None:
+        lines.append(f"{head_sentence(described)} Stock transformers has none such: the toolkit alone will load it.")
     if base.family.pooling == "first" and not base.family.pools_one:
         lines.append("warning: model.head.pooling is first, and the first token of GPT-2 has seen no other")
     lines.append("split: " + ", ".join(f"{name} {len(part):,}" for name, part in data.parts.items()))
