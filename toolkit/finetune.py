@@ -161,8 +161,9 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     task = build_task(Setup(recipe, data, base, tokenizer, accelerator, gemm, listener, memory))
     runtime.return_freed_memory()
     parameters = parameter_report(task.model)
-    plan = build_plan(settings, lengths=task.tables["train"].lengths, processes=accelerator.num_processes)
-    for line in describe_training(parameters, plan, task.tables["train"].lengths.mean(), task.truncated):
+    lengths = task.tables["train"].lengths
+    plan = build_plan(settings, lengths=lengths, processes=accelerator.num_processes, labels=data.train.labels)
+    for line in describe_training(parameters, plan, lengths.mean(), task.truncated):
         listener.say(line)
     listener.say(f"machine: {device}, {precision}, {accelerator.num_processes} process(es), matrix products: {gemm}")
 

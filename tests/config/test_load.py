@@ -140,7 +140,8 @@ def test_defaults_are_the_contract(write):
     recipe = load_recipe(write(GOOD))
     assert recipe.model.max_length == 256
     assert recipe.data.split.model_dump() == {
-        "train": 0.7, "validation": 0.1, "test": 0.2, "seed": 123, "stratify": True
+        "train": 0.7, "validation": 0.1, "test": 0.2, "seed": 123, "stratify": True,
+        "group_column": None, "time_column": None, "folds": None, "fold": 1,
     }  # fmt: skip
     assert recipe.method.model_dump() == {
         "name": "lora", "variant": "lora", "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lora_plus_ratio": 1.0,

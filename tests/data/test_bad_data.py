@@ -192,6 +192,7 @@ def test_60_same_text_with_two_labels_is_warned_of(write: WriteFile) -> None:
     assert warnings == [
         f"{path}: text: 2 of 42 rows repeat an earlier text",
         f"{path}:9: label: 1 texts occur with two labels or more (one label for a text)",
+        f"{path}:9: label: 'ham' here, 'spam' in {path}:42",
     ]
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.data.repeats import content_keys, first_of_groups, repeat_groups, shared_rows
+from toolkit.data.repeats import content_keys, first_of_groups, repeat_groups, repeats_of
 from toolkit.data.rows import Rows
 from toolkit.data.splits import Split, cut, oversample, read_split, sample, save_split, undersample
 from toolkit.data.tokens import TokenTable
@@ -106,10 +106,11 @@ def test_token_rows_repeat_too() -> None:
     assert len(set(groups.tolist())) == 3
 
 
-def test_shared_rows() -> None:
-    one, two = (content_keys(text_rows(texts)) for texts in (["a", "b", "c", "b"], ["x", "b"]))
-    assert shared_rows(one, two).tolist() == [1, 3]
-    assert shared_rows(two, one).tolist() == [1]
+def test_repeats_have_one_number_in_all_tables() -> None:
+    found = repeats_of({"train": text_rows(["a", "b", "c", "b"]), "test": text_rows(["x", "b"])})
+    train, test = found["train"], found["test"]
+    assert train[1] == train[3] == test[1]
+    assert len({*train.tolist(), *test.tolist()}) == 4
 
 
 def a_split() -> Split:

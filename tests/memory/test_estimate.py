@@ -217,10 +217,11 @@ def test_stored_weights_are_those_of_the_real_models(recipe, family, bits):
     assert held["quantisation state"] / 1e6 == pytest.approx(state, abs=0.06)
 
 
-@pytest.mark.parametrize("max_tokens", [None, 300])
+@pytest.mark.parametrize(("max_tokens", "balanced"), [(None, False), (300, False), (None, True)])
 @pytest.mark.parametrize(("epochs", "max_steps"), [(3, None), (None, 7), (None, 40)])
-def test_the_largest_micro_batch_is_the_plans(recipe, epochs, max_steps, max_tokens):
+def test_the_largest_micro_batch_is_the_plans(recipe, epochs, max_steps, max_tokens, balanced):
     lengths = np.random.default_rng(3).integers(3, 90, 103)
+    labels = np.arange(103) // 80
     training = recipe(
         LORA,
         epochs=epochs,
@@ -229,9 +230,10 @@ def test_the_largest_micro_batch_is_the_plans(recipe, epochs, max_steps, max_tok
         gradient_accumulation_steps=3,
         seed=5,
         max_tokens_per_batch=max_tokens,
+        balanced_batches=balanced,
     ).training
-    plan = build_plan(training, lengths=lengths, processes=1)
+    plan = build_plan(training, lengths=lengths, processes=1, labels=labels)
     seen = [lengths[rows] for step in range(plan.total_steps) for rows in plan.micro_batches(step, rank=0)]
-    found = largest_micro_batches(lengths, training)
+    found = largest_micro_batches(lengths, training, labels=labels)
     assert max(batch.tokens for batch in found) == max(row.sum() for row in seen)
     assert max(batch.squares for batch in found) == max((row**2).sum() for row in seen)

@@ -108,3 +108,21 @@ def test_a_row_over_the_budget_is_a_batch_of_its_own():
         len(chosen.window(step)) for step in range(chosen.first_step(1)) if LENGTHS[chosen.window(step)].max() > 16
     ]
     assert set(sizes) == {1}
+
+
+def test_balanced_batches_hold_the_labels_in_equal_shares():
+    labels = np.array([0] * 80 + [1] * 20 + [2] * 3)
+    chosen = plan(labels=labels, batch_size=6, accumulation=1, epochs=40)
+    for step in range(chosen.steps_per_epoch - 1):
+        assert np.bincount(labels[chosen.window(step)], minlength=3).tolist() == [2, 2, 2]
+    first = np.concatenate([chosen.window(step) for step in range(chosen.steps_per_epoch)])
+    assert len(first) == 103
+    # Rows of a label take turns: none comes a third time before all came twice, over the epochs.
+    counts = np.bincount(first, minlength=103)
+    assert set(counts[80:100]) == {1, 2}
+    assert max(counts[:80]) == 1
+    three = np.concatenate([chosen.window(step) for step in range(3 * chosen.steps_per_epoch)])
+    assert np.bincount(three, minlength=103)[:80].min() >= 1
+    again = plan(labels=labels, batch_size=6, accumulation=1, epochs=40)
+    assert np.array_equal(again.window(40), chosen.window(40))
+    assert not np.array_equal(chosen.window(0), chosen.window(chosen.steps_per_epoch))

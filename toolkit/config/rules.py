@@ -2,39 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from toolkit.config.document import Path
+from toolkit.config.label_rules import LABEL_RULES
 from toolkit.config.methods import AdaloraMethod, GradualMethod, LoraMethod, leaves_adapter
+from toolkit.config.rule import Rule as Rule
 from toolkit.config.schema import LossSettings, Recipe
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A condition between fields.
-
-    Attributes:
-        path: The field to point at.
-        broken: Whether a recipe breaks the rule.
-        wrong: What is wrong.
-        right: What would be right.
-    """
-
-    path: Path
-    broken: Callable[[Recipe], bool]
-    wrong: str
-    right: str
-
-
-def _split_sum(recipe: Recipe) -> float:
-    split = recipe.data.split
-    return split.train + split.validation + split.test
-
-
-def _labels_repeat(recipe: Recipe) -> bool:
-    labels = _named_labels(recipe) or []
-    return len(set(labels)) < len(labels)
 
 
 def _is_lm(recipe: Recipe) -> bool:
@@ -47,30 +18,6 @@ def _is_variant(recipe: Recipe, variant: str) -> bool:
 
 def _bits(recipe: Recipe) -> int | None:
     return None if recipe.quantization is None else recipe.quantization.bits
-
-
-def _is_single(recipe: Recipe) -> bool:
-    return recipe.data.problem_type == "single_label_classification"
-
-
-def _is_regression(recipe: Recipe) -> bool:
-    return recipe.data.problem_type == "regression"
-
-
-METRICS = {
-    "single_label_classification": ("accuracy", "f1_macro", "loss"),
-    "multi_label_classification": ("accuracy", "f1_macro", "f1_micro", "mean_average_precision", "loss"),
-    "regression": ("loss", "r2", "spearman"),
-}
-
-
-def _named_labels(recipe: Recipe) -> list[str] | None:
-    return recipe.data.labels or recipe.data.label_columns
-
-
-def _lists_weights(recipe: Recipe, *, other_than: int) -> bool:
-    weights = recipe.training.loss.class_weights
-    return isinstance(weights, list) and len(weights) != other_than
 
 
 RULES = (
@@ -121,13 +68,6 @@ RULES = (
         lambda r: r.data.train is None and r.data.test is not None,
         "test is given without train",
         "give data.train too; a source is split by data.split",
-    ),
-    Rule(("data", "labels"), _labels_repeat, "a label is listed twice", "each label once"),
-    Rule(
-        ("data", "split"),
-        lambda r: abs(_split_sum(r) - 1) > 1e-6,
-        "train, validation and test do not add up to 1",
-        "for example 0.7, 0.1, 0.2",
     ),
     Rule(
         ("evaluation", "early_stopping_patience"),
@@ -230,61 +170,6 @@ RULES = (
         "label_smoothing: 0, or focal_gamma: 0",
     ),
     Rule(
-        ("training", "loss", "class_weights"),
-        lambda r: _lists_weights(r, other_than=len(_named_labels(r) or [])) and _named_labels(r) is not None,
-        "the number of weights is not that of the labels",
-        "one weight for each label",
-    ),
-    Rule(
-        ("data", "problem_type"),
-        lambda r: r.objective != "classification" and not _is_single(r),
-        "belongs to objective classification",
-        "leave problem_type out, or objective: classification",
-    ),
-    Rule(
-        ("data", "label_columns"),
-        lambda r: r.data.label_columns is not None and _is_single(r),
-        "a text with one label has it in one column",
-        "data.label_column, or problem_type multi_label_classification or regression",
-    ),
-    Rule(
-        ("data", "labels"),
-        lambda r: r.data.labels is not None and (_is_regression(r) or r.data.label_columns is not None),
-        "numbers have no labels, and label_columns name their own",
-        "leave labels out",
-    ),
-    Rule(
-        ("data", "balance"),
-        lambda r: r.data.balance is not None and not _is_single(r),
-        "rows that have several labels, or numbers, cannot be balanced by row",
-        "leave balance out; training.loss.class_weights: balanced weighs labels",
-    ),
-    Rule(
-        ("training", "loss"),
-        lambda r: _is_regression(r) and r.training.loss != LossSettings(),
-        "numbers have no labels to weigh",
-        "leave loss out",
-    ),
-    Rule(
-        ("evaluation", "threshold"),
-        lambda r: r.evaluation.threshold is not None and (_is_regression(r) or r.objective != "classification"),
-        "only labels have a threshold",
-        "leave threshold out",
-    ),
-    Rule(
-        ("evaluation", "calibrate"),
-        lambda r: r.evaluation.calibrate and (_is_regression(r) or r.objective != "classification"),
-        "only labels have probabilities",
-        "leave calibrate out",
-    ),
-    Rule(
-        ("evaluation", "metric"),
-        lambda r: r.objective == "classification" and r.evaluation.metric not in METRICS[r.data.problem_type],
-        "is no metric of this problem_type",
-        "single_label_classification: accuracy, f1_macro, loss; multi_label_classification: those, f1_micro, "
-        "mean_average_precision; regression: loss, r2, spearman",
-    ),
-    Rule(
         ("evaluation", "metric"),
         lambda r: _is_lm(r) and r.evaluation.metric != "loss",
         "language_modeling is judged by its loss",
@@ -294,5 +179,5 @@ RULES = (
 
 
 def broken_rules(recipe: Recipe) -> list[Rule]:
-    """Return every rule that ``recipe`` breaks, in the order of the table."""
-    return [rule for rule in RULES if rule.broken(recipe)]
+    """Return every rule that ``recipe`` breaks, in the order of the tables."""
+    return [rule for rule in (*RULES, *LABEL_RULES) if rule.broken(recipe)]

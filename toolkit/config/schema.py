@@ -70,7 +70,24 @@ class SplitSettings(Section):
     validation: Fraction = Field(default=0.1, description="Fraction used to pick the best checkpoint.")
     test: Fraction = Field(default=0.2, description="Fraction used once, at the end.")
     seed: Seed = Field(default=123, description="Seed of the shuffle and of the balanced subset.")
-    stratify: bool = Field(default=True, description="Keep every label's share equal in all parts.")
+    stratify: bool = Field(
+        default=True,
+        description="Keep every label's share equal in all parts (of several labels the rarest of a text's, of numbers "
+        "their tenths).",
+    )
+    group_column: Name | None = Field(
+        default=None, description="Column of an author, a thread, a patient: rows of one group stay in one part."
+    )
+    time_column: Name | None = Field(
+        default=None,
+        description="Column of numbers or ISO dates: the oldest rows train, the newest test, without shuffling. A text "
+        "that repeats an older part's is left out.",
+    )
+    folds: Annotated[int, Field(ge=2)] | None = Field(
+        default=None,
+        description="Cut the rows into so many folds: one is the test part, and train and validation share the others.",
+    )
+    fold: PositiveInt = Field(default=1, description="Which fold is the test part, from 1.")
 
 
 class DataSettings(Section):
@@ -113,7 +130,17 @@ class DataSettings(Section):
         description="The same text in two parts: refuse (repeats stay in one part when the toolkit splits), "
         "remove repeats, or allow the leak.",
     )
+    near_duplicates: Annotated[float, Field(ge=0.5, lt=1)] | None = Field(
+        default=None,
+        description="Texts count as the same for `duplicates` from this share of five-byte pieces in common (Jaccard), "
+        "case and white space aside; 0.8 finds edited copies. null: only equal texts.",
+    )
     max_rows: PositiveInt | None = Field(default=None, description="Use a seeded sample of this many rows.")
+    train_rows: PositiveInt | None = Field(
+        default=None,
+        description="Train on a seeded sample of this many training rows; validation and test stay whole, so that "
+        "sizes can be compared.",
+    )
     split: SplitSettings = Field(default_factory=SplitSettings, description="Used where one table is split.")
 
 
@@ -166,6 +193,11 @@ class TrainingSettings(Section):
     max_tokens_per_batch: PositiveInt | None = Field(
         default=None,
         description="Instead of batch_size: batches of texts of like length, rows times the longest at most this.",
+    )
+    balanced_batches: bool = Field(
+        default=False,
+        description="Every batch holds the labels in equal shares, as near as can be: rows of rarer labels come more "
+        "often, those of commoner ones take turns over the epochs. An epoch has as many rows as before.",
     )
     gradient_accumulation_steps: PositiveInt = Field(default=1, description="Micro-steps per optimizer step.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(default=2e-4, description="Peak learning rate.")

@@ -9,15 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.config.schema import DataSettings
+from toolkit.data.grouping import cut_rows, left_out, shared_groups, split_columns
 from toolkit.data.labels import LabelMap, check_held_out_labels, check_training_labels
 from toolkit.data.parts import LoadedData, Part
-from toolkit.data.repeats import content_keys, first_of_groups, leaking_rows, repeat_groups, repeat_warnings
+from toolkit.data.repeats import first_of_groups, leaking_rows, repeat_warnings, repeats_of
 from toolkit.data.rows import Origin, Rows
 from toolkit.data.sources import read_rows
 from toolkit.data.splits import (
     PARTS,
     Split,
-    cut,
     oversample,
     read_split,
     sample,
@@ -47,7 +47,8 @@ def load_data(settings: DataSettings, *, supervised: bool = True, split_file: Pa
     """Read, check, balance, sample and split the data of a run.
 
     A part without a file of its own is cut from the training table. Repeated texts are removed (if asked), then labels
-    balanced, then ``max_rows`` sampled, then the table is cut; given validation and test files are used whole.
+    balanced, then ``max_rows`` sampled, then the table is cut; given validation and test files are used whole. Of the
+    training part ``train_rows`` are sampled, and then rare labels oversampled.
 
     Args:
         settings: The recipe's data section.
@@ -59,19 +60,28 @@ def load_data(settings: DataSettings, *, supervised: bool = True, split_file: Pa
         CapabilityError: A hub data set without the ``datasets`` library.
     """
     tables, label_map = _read_tables(settings, supervised)
-    dropped = leaking_rows({name: table.rows for name, table in tables.items()}, settings.duplicates)
-    main = tables["train"]
-    groups = repeat_groups(content_keys(main.rows))
+    rows = {name: table.rows for name, table in tables.items()}
+    repeats = repeats_of(rows, near=settings.near_duplicates)
+    dropped = leaking_rows(rows, repeats, settings.duplicates)
+    if settings.split.group_column is not None:
+        shared_groups(rows, settings.split.group_column)
+    main, groups = tables["train"], repeats["train"]
     indices = {name: np.delete(np.arange(len(table.rows)), dropped[name]) for name, table in tables.items()}
     split = _split(settings, tables, indices["train"], groups, split_file)
     indices |= split.parts if split else {"train": _select(settings, main, indices["train"], None)}
+    if settings.train_rows is not None and len(indices["train"]):
+        own = indices["train"]
+        indices["train"] = own[sample(main.strata[own], settings.train_rows, seed=settings.split.seed)]
     if settings.balance == "oversample" and main.labels is not None and len(indices["train"]):
         # Behind the cut: no repeat may leave the training part.
         own = indices["train"]
         indices["train"] = own[oversample(main.labels[own], seed=settings.split.seed)]
     data = _assemble(settings, tables, indices, label_map, split)
     ids = None if main.labels is None else as_ids(main.labels)
-    data.warnings.extend(repeat_warnings(main.rows, groups, ids))
+    spell = TargetFormat.of(settings).spell
+    data.warnings.extend(repeat_warnings(main.rows, groups, ids, spell=lambda row: spell(main.rows, row)))
+    if settings.split.time_column is not None and split is not None and settings.duplicates != "allow":
+        data.warnings.extend(left_out(main.rows, groups, split))
     _check_parts(data, settings, tables)
     if split is not None and split_file is not None and not split_file.exists():
         save_split(split_file, split)
@@ -101,12 +111,15 @@ def _read_tables(settings: DataSettings, supervised: bool) -> tuple[dict[str, _T
         raise DataError(Problem("", "data.train", "no data", "data.source or data.train"))
     targets = TargetFormat.of(settings)
     label, others = (targets.label_column, targets.others) if supervised else (None, ())
+    further = {name: (*others, *split_columns(settings, name)) for name in PARTS}
     read: dict[str, tuple[Rows, Origin]] = {}
     problems: list[Problem] = []
     for name, where in given.items():
         if where is not None:
             try:
-                read[name] = read_rows(where, text_column=settings.text_column, label_column=label, others=others)
+                read[name] = read_rows(
+                    where, text_column=settings.text_column, label_column=label, others=further[name]
+                )
             except DataError as error:
                 problems += error.problems
     if problems:
@@ -168,9 +181,8 @@ def _split(
     if split_file is not None and split_file.exists():
         return read_split(split_file, plan, rows=len(main.rows))
     chosen = _select(settings, main, indices, groups if settings.duplicates == "remove" else None)
-    together = None if settings.duplicates == "allow" else groups[chosen]
     alike = main.strata[chosen] if settings.split.stratify else np.zeros(len(chosen), dtype=np.int64)
-    cuts = cut(alike, together, fractions, seed=settings.split.seed)
+    cuts = cut_rows(settings, main.rows, chosen, alike, None if settings.duplicates == "allow" else groups, fractions)
     return replace(plan, parts={name: chosen[rows] for name, rows in cuts.items()})
 
 
@@ -180,6 +192,13 @@ def _plan(settings: DataSettings, tables: dict[str, _Table], fractions: dict[str
         "split": {**fractions, "stratify": settings.split.stratify},
         **settings.model_dump(include={"balance", "duplicates", "max_rows", "text_column", "label_column"}),
     }
+    # What is not asked for is not named: a split made before there was such a wish stays valid.
+    wishes = settings.split.model_dump(include={"group_column", "time_column", "folds"}, exclude_none=True)
+    if "folds" in wishes:
+        wishes["fold"] = settings.split.fold
+    made_with |= {f"split.{name}": value for name, value in wishes.items()}
+    if settings.near_duplicates is not None:
+        made_with["near_duplicates"] = settings.near_duplicates
     if settings.problem_type != "single_label_classification":
         made_with |= settings.model_dump(include={"problem_type", "label_columns", "label_separator"})
     if settings.duplicates == "remove":

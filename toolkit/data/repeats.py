@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import blake2b
 from itertools import pairwise
 from typing import Literal
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from toolkit.data.rows import Rows
 from toolkit.errors import DataError, Problem
+
+# Texts with two labels that are listed one by one.
+LISTED = 10
 
 
 def content_keys(rows: Rows) -> NDArray[np.void]:
@@ -57,19 +60,41 @@ def first_of_groups(groups: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.sort(np.unique(groups, return_index=True)[1])
 
 
-def shared_rows(keys: NDArray[np.void], other: NDArray[np.void]) -> NDArray[np.int64]:
-    """Return the rows of ``keys`` that also occur in ``other``, ascending, int64; both from ``content_keys``."""
-    groups = repeat_groups(np.concatenate([keys, other]))
-    return np.flatnonzero(np.isin(groups[: len(keys)], groups[len(keys) :]))
+def repeats_of(tables: Mapping[str, Rows], *, near: float | None = None) -> dict[str, NDArray[np.int64]]:
+    """Return a number for each row of each table, int64 (rows,), equal where texts are, in one table or two.
+
+    Args:
+        tables: The files by part.
+        near: Similarity from which texts count as the same; None: only equal ones.
+
+    Raises:
+        DataError: ``near``, and a table holds token ids.
+    """
+    rows = list(tables.values())
+    groups = repeat_groups(np.concatenate([content_keys(one) for one in rows]))
+    parts = np.split(groups, np.cumsum([len(one) for one in rows])[:-1])
+    if near is not None:
+        for one in rows:
+            if one.texts is None:
+                wrong = "token ids are no texts to compare"
+                raise DataError(Problem(one.where, "data.near_duplicates", wrong, "null, or a file of texts"))
+        # Off the start-up path: few recipes ask for it.
+        from toolkit.data.near_duplicates import near_groups
+
+        parts = near_groups(rows, parts, similarity=near)
+    return dict(zip(tables, parts, strict=True))
 
 
 def leaking_rows(
-    tables: Mapping[str, Rows], duplicates: Literal["refuse", "remove", "allow"]
+    tables: Mapping[str, Rows],
+    groups: Mapping[str, NDArray[np.int64]],
+    duplicates: Literal["refuse", "remove", "allow"],
 ) -> dict[str, NDArray[np.int64]]:
     """Return the rows of each table to drop so that no text is in two of them.
 
     Args:
         tables: The given files by part, in the order train, validation, test.
+        groups: From ``repeats_of``.
         duplicates: refuse, remove (from the earlier part), or allow.
 
     Raises:
@@ -78,10 +103,9 @@ def leaking_rows(
     names = list(tables)
     dropped = {name: np.empty(0, dtype=np.int64) for name in names}
     problems = []
-    keys = {name: content_keys(rows) for name, rows in tables.items()} if len(names) > 1 else {}
     pairs = [(early, late) for i, early in enumerate(names) for late in names[i + 1 :]]
     for early, late in pairs if duplicates != "allow" else []:
-        found = shared_rows(keys[early], keys[late])
+        found = np.flatnonzero(np.isin(groups[early], groups[late]))
         if len(found) and duplicates == "refuse":
             wrong = f"{len(found)} rows of data.{early} have a text that is also in data.{late}"
             right = f"data.duplicates: remove drops them from {early}, allow keeps the leak"
@@ -92,26 +116,34 @@ def leaking_rows(
     return dropped
 
 
-def repeat_warnings(rows: Rows, groups: NDArray[np.int64], labels: NDArray[np.int64] | None) -> list[str]:
-    """Return a line on repeated texts and a line on texts with two labels, where there are any.
+def repeat_warnings(
+    rows: Rows, groups: NDArray[np.int64], labels: NDArray[np.int64] | None, *, spell: Callable[[int], str]
+) -> list[str]:
+    """Return a line on repeated texts, a line on texts with two labels, and a line for each of the first ten of these.
 
     Args:
         rows: The table.
         groups: int64, shape (rows,), equal where texts are equal.
         labels: int64, shape (rows,), label ids; None without supervision.
+        spell: Row to its label in words.
     """
-    distinct = int(groups.max()) + 1 if len(groups) else 0
+    distinct = int(np.count_nonzero(np.bincount(groups)))
     if distinct == len(groups):
         return []
     lines = [str(Problem(rows.where, "text", f"{len(groups) - distinct} of {len(groups)} rows repeat an earlier text"))]
-    conflicts = np.empty(0, dtype=np.int64) if labels is None else _conflicts(groups, labels, distinct)
-    if len(conflicts):
+    conflicts = np.empty(0, dtype=np.int64) if labels is None else _conflicts(groups, labels)
+    if labels is not None and len(conflicts):
+        _, firsts = np.unique(groups, return_index=True)
+        first = np.sort(firsts[np.isin(groups[firsts], conflicts)])
         wrong = f"{len(conflicts)} texts occur with two labels or more"
-        first = np.flatnonzero(groups == conflicts[0])
         lines.append(str(Problem(rows.place(int(first[0])), "label", wrong, "one label for a text")))
+        for row in first[:LISTED].tolist():
+            other = int(np.flatnonzero((groups == groups[row]) & (labels != labels[row]))[0])
+            wrong = f"{spell(row)!r} here, {spell(other)!r} in {rows.place(other)}"
+            lines.append(str(Problem(rows.place(row), "label", wrong)))
     return lines
 
 
-def _conflicts(groups: NDArray[np.int64], labels: NDArray[np.int64], distinct: int) -> NDArray[np.int64]:
+def _conflicts(groups: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
     pairs = np.unique(groups * (int(labels.max()) + 1) + labels)
-    return np.flatnonzero(np.bincount(pairs // (int(labels.max()) + 1), minlength=distinct) > 1)
+    return np.flatnonzero(np.bincount(pairs // (int(labels.max()) + 1)) > 1)

@@ -29,6 +29,32 @@ def epoch_order(n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     return permutation(n, seed=seed, stream=epoch)
 
 
+def balanced_order(labels: NDArray[np.integer], *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return as many row numbers as there are rows, int64 (rows,); neighbours hold the labels in equal shares.
+
+    Places come in blocks of every label once, each block in an order of its own. A label's rows take turns, each turn
+    in an order of its own, on through the epochs. A pure function of its arguments.
+
+    Args:
+        labels: Label id of each row, shape (rows,).
+        seed: The recipe's training seed.
+        epoch: Counted from 0.
+    """
+    names, codes = np.unique(labels, return_inverse=True)
+    blocks = -(-len(labels) // max(len(names), 1))
+    drawn = np.random.Philox(key=[seed, (2 << 32) + epoch]).random_raw(blocks * len(names))
+    wanted = np.argsort(drawn.reshape(blocks, len(names)), axis=1, kind="stable").reshape(-1)[: len(labels)]
+    order = np.empty(len(labels), dtype=np.int64)
+    for code in range(len(names)):
+        places, mine = np.flatnonzero(wanted == code), np.flatnonzero(codes == code)
+        turns, within = np.divmod(epoch * blocks + np.arange(len(places)), len(mine))
+        for turn in np.unique(turns):
+            shuffled = permutation(len(mine), seed=seed, stream=(3 << 32) + (code << 40) + int(turn))
+            now = turns == turn
+            order[places[now]] = mine[shuffled[within[now]]]
+    return order
+
+
 def token_batches(
     lengths: NDArray[np.int64], *, max_tokens: int, seed: int, epoch: int, pool: int = 64
 ) -> list[NDArray[np.int64]]:

@@ -98,6 +98,12 @@ class TargetFormat:
             return self._columns(rows, lambda value: BITS.get(value.strip().lower()), right="0 or 1").astype(np.uint8)
         return self._sets(rows, label_map)
 
+    def spell(self, rows: Rows, row: int) -> str:
+        """Return the target of a row as it stands in the file."""
+        if self.label_column is not None:
+            return "" if rows.labels is None else rows.labels[row]
+        return ", ".join(rows.others[name][row] for name in self.others)
+
     def _columns(self, rows: Rows, parse: Callable[[str], float | None], *, right: str) -> NDArray[np.float64]:
         found = np.empty((len(rows), len(self.others)))
         problems: list[Problem] = []

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.config.schema import TrainingSettings
-from toolkit.data.shuffle import epoch_order, token_batches
+from toolkit.data.shuffle import balanced_order, epoch_order, token_batches
 from toolkit.memory.microbatch import MicroBatch
 
 Lengths = NDArray[np.int64]
 
 
 def largest_micro_batches(
-    lengths: Lengths, training: TrainingSettings, *, target_share: float = 0.0, classes: int = 0
+    lengths: Lengths,
+    training: TrainingSettings,
+    *,
+    target_share: float = 0.0,
+    classes: int = 0,
+    labels: NDArray[Any] | None = None,
 ) -> list[MicroBatch]:
     """Return the micro-batch with the most tokens and the one with the most attention weights (often the same).
 
@@ -24,9 +30,10 @@ def largest_micro_batches(
         training: Seed, epochs or steps, batch size and accumulation; one process.
         target_share: Share of the tokens that a language model predicts.
         classes: Tokens its softmax runs over.
+        labels: Label id of each training row; needed for balanced batches.
     """
     best: dict[str, tuple[int, Lengths]] = {}
-    for order, starts in _epochs(lengths, training):
+    for order, starts in _epochs(lengths, training, labels):
         for name, weights in (("tokens", lengths), ("squares", lengths * lengths)):
             totals = np.add.reduceat(weights[order], starts)
             at = int(totals.argmax())
@@ -52,7 +59,9 @@ def largest_prefix_batch(lengths: Lengths, *, max_tokens: int) -> list[MicroBatc
     return _distinct([longest[:rows]], target_share=0.0, classes=0)
 
 
-def _epochs(lengths: Lengths, training: TrainingSettings) -> Iterator[tuple[Lengths, Lengths]]:
+def _epochs(
+    lengths: Lengths, training: TrainingSettings, labels: NDArray[Any] | None
+) -> Iterator[tuple[Lengths, Lengths]]:
     """Yield, for each epoch, the rows in the order they are seen and where the micro-batches begin."""
     if training.max_tokens_per_batch is not None:
         yield from _token_epochs(lengths, training)
@@ -64,7 +73,10 @@ def _epochs(lengths: Lengths, training: TrainingSettings) -> Iterator[tuple[Leng
     assert total is not None
     for epoch in range(-(-total // steps)):
         seen = min(rows, (total - epoch * steps) * window)
-        order = epoch_order(rows, seed=training.seed, epoch=epoch)[:seen]
+        if training.balanced_batches and labels is not None:
+            order = balanced_order(labels, seed=training.seed, epoch=epoch)[:seen]
+        else:
+            order = epoch_order(rows, seed=training.seed, epoch=epoch)[:seen]
         yield order, np.arange(0, seen, training.batch_size)
 
 

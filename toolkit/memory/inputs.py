@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,12 +29,14 @@ class Inputs:
         labels: Classes.
         train: Tokens of each training row, or block of running text, before ``max_length``.
         validation: The same of validation.
+        train_labels: Label of each training row, for balanced batches.
     """
 
     base: Base
     labels: int
     train: Lengths
     validation: Lengths
+    train_labels: NDArray[Any] | None = None
 
 
 def read_sizes(recipe: Recipe) -> Inputs:
@@ -52,7 +55,7 @@ def read_sizes(recipe: Recipe) -> Inputs:
         for part in (data.train, data.validation)
     )
     labels = len(data.label_map.names) if data.label_map else 2
-    return Inputs(base=base, labels=labels, train=train, validation=validation)
+    return Inputs(base=base, labels=labels, train=train, validation=validation, train_labels=data.train.labels)
 
 
 def _lengths(part: Part, tokenizer: Tokenizer, *, recipe: Recipe) -> Lengths:

@@ -107,5 +107,11 @@ def predict_run(
         return None
     lengths = {name: table.lengths.astype(np.int64) for name, table in tables.items()}
     labels = len(data.label_map.names) if data.label_map else 2
-    inputs = Inputs(base=base, labels=labels, train=lengths["train"], validation=lengths["validation"])
+    inputs = Inputs(
+        base=base,
+        labels=labels,
+        train=lengths["train"],
+        validation=lengths["validation"],
+        train_labels=data.train.labels,
+    )
     return predict(recipe, inputs, device=device, found=found["rss"])

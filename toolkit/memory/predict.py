@@ -42,7 +42,9 @@ def predict(recipe: Recipe, inputs: Inputs, *, device: str, found: int | None = 
     shape = model_shape(inputs.base.config, recipe, labels=inputs.labels)
     return estimate(
         shape,
-        batches=largest_micro_batches(train, recipe.training, target_share=share, classes=classes),
+        batches=largest_micro_batches(
+            train, recipe.training, target_share=share, classes=classes, labels=inputs.train_labels
+        ),
         evaluation=largest_evaluation_batch(
             validation, batch_size=EVALUATION_BATCH, target_share=share, classes=classes
         ),

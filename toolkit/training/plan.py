@@ -6,14 +6,14 @@ the same global batches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from toolkit.config.schema import TrainingSettings
-from toolkit.data.shuffle import epoch_order, token_batches
+from toolkit.data.shuffle import balanced_order, epoch_order, token_batches
 
 Rows = npt.NDArray[np.int64]
 
@@ -30,6 +30,7 @@ class StepPlan:
         seed: Seed of the shuffles.
         epochs: Passes over the rows, or None.
         max_steps: Optimizer steps, used where epochs is None.
+        labels: Label id of each row for balanced batches, int64, shape (rows,); None: rows come as they are.
     """
 
     rows: int
@@ -39,6 +40,7 @@ class StepPlan:
     seed: int
     epochs: int | None
     max_steps: int | None
+    labels: Rows | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         self._epoch = -1
@@ -83,8 +85,13 @@ class StepPlan:
         """Return the row numbers of optimizer step ``step`` (from 0), over all processes."""
         epoch, position = self.locate(step)
         if epoch != self._epoch:
-            self._order, self._epoch = epoch_order(self.rows, seed=self.seed, epoch=epoch), epoch
+            self._order, self._epoch = self._ordered(epoch), epoch
         return self._order[position * self.global_batch : (position + 1) * self.global_batch]
+
+    def _ordered(self, epoch: int) -> Rows:
+        if self.labels is None:
+            return epoch_order(self.rows, seed=self.seed, epoch=epoch)
+        return balanced_order(self.labels, seed=self.seed, epoch=epoch)
 
     def micro_batches(self, step: int, *, rank: int) -> list[Rows]:
         """Return the micro-batches of one process, the same number for every process.
@@ -173,13 +180,16 @@ class TokenBudgetPlan(StepPlan):
         return self._batches
 
 
-def build_plan(settings: TrainingSettings, *, lengths: Rows, processes: int) -> StepPlan:
+def build_plan(
+    settings: TrainingSettings, *, lengths: Rows, processes: int, labels: npt.NDArray[Any] | None = None
+) -> StepPlan:
     """Return the plan of a recipe's training section.
 
     Args:
         settings: Batch sizes, epochs, seed.
         lengths: Tokens of each training row, int64, shape (rows,).
         processes: How many share a global batch.
+        labels: Label id of each training row; needed for balanced batches.
     """
     sizes: dict[str, Any] = {
         "rows": len(lengths),
@@ -191,5 +201,5 @@ def build_plan(settings: TrainingSettings, *, lengths: Rows, processes: int) -> 
         "max_steps": settings.max_steps,
     }
     if settings.max_tokens_per_batch is None:
-        return StepPlan(**sizes)
+        return StepPlan(**sizes, labels=labels if settings.balanced_batches else None)
     return TokenBudgetPlan(**sizes, lengths=lengths, max_tokens=settings.max_tokens_per_batch)
