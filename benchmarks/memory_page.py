@@ -153,9 +153,9 @@ and the scales; "peak" is of all tensors, without the token embedding, which sta
 |---|---|---|---|---|---|---|---|
 """
 SAVES_WORDS = """
-8 bits save DistilBERT little: a layer keeps its input for the backward pass. The process carries half a GiB of framework
-in any case, so that up to 124 M parameters smaller batches and checkpointing, which are exact, come first; from gpt2-medium
-up 4 bits halve what is needed and more.
+8 bits save DistilBERT little: a layer keeps its input for the backward pass. The process carries half a GiB of
+framework in any case, so that up to 124 M parameters smaller batches and checkpointing, which are exact, come first;
+from gpt2-medium up 4 bits halve what is needed and more.
 """
 
 
