@@ -88,8 +88,8 @@ card. The 500 MiB of the driver and of cuBLAS are a guess. Several processes are
 """
 
 
-def memory_page(record: dict[str, Any], machine: str) -> str:
-    """Return the page."""
+def memory_page(record: dict[str, Any], machine: str, largest: dict[str, Any] | None) -> str:
+    """Return the page; ``largest`` is what the last block of GPT-2 XL took, where it was measured."""
     lines, errors = [], {"allocated": [], "resident": []}
     for name, case in record["cases"].items():
         if "toolkit" in case:
@@ -106,7 +106,8 @@ def memory_page(record: dict[str, Any], machine: str) -> str:
         f"A plan took {seconds:.1f} s of a core (median).\n\n{REASONS}"
     )
     head = HEAD.format(machine=f"Machine: {machine}.")
-    return head + MEASURED + "\n".join(lines) + "\n" + summary + sizes_table() + REST
+    xl = "" if largest is None else LARGEST.format(peak=largest["peak_mib"], minutes=largest["seconds"] / 60)
+    return head + MEASURED + "\n".join(lines) + "\n" + summary + xl + sizes_table() + REST
 
 
 REASONS = """The process is harder to predict than its tensors: glibc's heap keeps what is free between things that
@@ -118,6 +119,13 @@ with LoRA: 1,050 -> 888 MiB) and costs a fifth of a step in page faults (2.5 -> 
 
 Weights are read and quantised one at a time, so loading a base is never the highest moment: GPT-2 in 4 bits took 47 MiB
 for weights whose file has 475, and the process peaked at 470 MiB while it was read (697 where the heap kept its holes).
+"""
+
+
+LARGEST = """
+GPT-2 XL (1.5 B parameters, 6 GB in fp32, stored in bf16) with its last block training, 70 messages, two epochs: the whole
+process, from start to saved model, peaked at {peak:,} MiB and took {minutes:.0f} minutes
+(`benchmarks/merging.py --size xl --last-block`). The blocks below lie in the base's files and are read one at a time.
 """
 
 

@@ -1,11 +1,12 @@
 """How fast and how small is a merge, beside load, merge_and_unload and save of peft?
 
-    python benchmarks/merging.py [--size xl] [--rounds 1]
+    python benchmarks/merging.py [--size xl] [--rounds 1] [--last-block]
 
 GPT-2 (small 124M, xl 1.5B) with random weights stored in bf16, and a LoRA adapter that the toolkit trained for two
 steps. Each merge runs in a process of its own, by turns, and writes bf16; the toolkit's time includes its checksums and
 the proof that the written model gives the live model's logits, which the peer does not attempt. Peak: resident set of
-the process. Writes results/merging_SIZE.json.
+the process. Writes results/merging_SIZE.json. With ``--last-block`` the last block of the same base is trained instead,
+two epochs of 70 messages, in batches of 8, and the process measured: results/last_block_SIZE.json.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ method: {{name: lora}}
 training: {{max_steps: 2, batch_size: 2}}
 evaluation: {{every: end}}
 output: {{dir: '{run}', save_every: end}}
+"""
+LAST_BLOCK = RECIPE.replace("name: lora", "name: last_n").replace("max_steps: 2, batch_size: 2", "epochs: 2")
+TRAIN = """
+import sys
+from toolkit.cli import main
+sys.exit(main(["train", sys.argv[1]]))
 """
 OURS = """
 import sys
@@ -79,12 +86,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SHAPES, default="xl")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--last-block", action="store_true")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         base, run = folder / "base", folder / "run"
         subprocess.run([sys.executable, __file__, "--make", str(base), chosen.size], check=True)
         recipe = folder / "recipe.yaml"
+        if chosen.last_block:
+            recipe.write_text(LAST_BLOCK.format(base=base, run=run).replace("max_rows: 60", "max_rows: 100"))
+            found = measured(TRAIN, str(recipe))
+            print(f"{chosen.size}, last block: {found}", flush=True)
+            peers.write(f"last_block_{chosen.size}", found)
+            return
         recipe.write_text(RECIPE.format(base=base, run=run))
         subprocess.run([sys.executable, "-m", "toolkit", "train", str(recipe)], check=True)
         arms: dict[str, list[dict[str, float]]] = {"peft": [], "toolkit": []}

@@ -161,6 +161,9 @@ def performance_page() -> str:
 if __name__ == "__main__":
     [name] = sys.argv[1:]
     memory = load("memory_plan")
-    page = memory_page(memory, machine_line(memory)) if name == "memory" and memory else performance_page()
+    if name == "memory" and memory:
+        page = memory_page(memory, machine_line(memory), load("last_block_xl"))
+    else:
+        page = performance_page()
     (DOCS / f"{name}.md").write_text(page, encoding="utf-8")
     print(page)
