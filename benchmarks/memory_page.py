@@ -123,9 +123,9 @@ for weights whose file has 475, and the process peaked at 470 MiB while it was r
 
 
 LARGEST = """
-GPT-2 XL (1.5 B parameters, 6 GB in fp32, stored in bf16) with its last block training, 70 messages, two epochs: the whole
-process, from start to saved model, peaked at {peak:,} MiB and took {minutes:.0f} minutes
-(`benchmarks/merging.py --size xl --last-block`). The blocks below lie in the base's files and are read one at a time.
+GPT-2 XL (1.5 B parameters, 6 GB in fp32, stored in bf16) with its last block training, 70 messages, two epochs: the
+whole process, from start to saved model, peaked at {peak:,} MiB and took {minutes:.0f} minutes
+(`benchmarks/merging.py --size xl --last-block`). Blocks below lie in the base's files and are read one at a time.
 """
 
 
