@@ -70,21 +70,24 @@ class Bench:
         record = finetune(load_recipe(self.root / "recipe.yaml"))
         return record["timing"]["train_seconds"], time.perf_counter() - started
 
-    def peer(self, batch_size: int, *, grouped: bool) -> tuple[float, float]:
+    def peer(self, batch_size: int, *, grouped: bool, bf16: bool = False) -> tuple[float, float]:
         started = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             model = peers.peer_model(self.base, self.case["family"], self.case["method"])
             steps = peers.peer_train(model, self.texts, self.labels, folder=self.root / "peer", batch_size=batch_size,
-                                     grouped=grouped, epochs=self.case["epochs"])  # fmt: skip
+                                     grouped=grouped, epochs=self.case["epochs"], bf16=bf16)  # fmt: skip
             model.save_pretrained(self.root / "peer" / "saved")
         return steps, time.perf_counter() - started
 
-    def tune(self) -> int:
-        """Return the batch size with which the peer is fastest."""
+    def tune(self) -> tuple[int, bool]:
+        """Return the batch size with which the peer is fastest, and whether it then runs under bf16 autocast."""
         whole, self.case["epochs"] = self.case["epochs"], 1
-        seconds = {size: self.peer(size, grouped=True)[0] for size in (8, 16, 32) if size <= self.case["rows"]}
+        sizes = [size for size in (8, 16, 32) if size <= self.case["rows"]]
+        seconds = {
+            (size, bf16): self.peer(size, grouped=True, bf16=bf16)[0] for bf16 in (False, True) for size in sizes
+        }
         self.case["epochs"] = whole
-        return min(seconds, key=lambda size: seconds[size])
+        return min(seconds, key=lambda chosen: seconds[chosen])
 
 
 def compare(name: str, rounds: int) -> None:
@@ -93,14 +96,19 @@ def compare(name: str, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(case, pathlib.Path(folder))
         bench.toolkit("batch_size: 8")  # warms up imports and the page cache
-        tuned = bench.tune()
+        tuned, low = bench.tune()
         tokens = TOKENS[case["lengths"]]
         arms: dict[str, Any] = {
             "peer, defaults": lambda: bench.peer(8, grouped=False),
-            f"peer, tuned: batches of {tuned} of like length": lambda: bench.peer(tuned, grouped=True),
+            f"peer, tuned: batches of {tuned} of like length{', bf16' if low else ''}": lambda: bench.peer(
+                tuned, grouped=True, bf16=low
+            ),
             "toolkit, batch_size 8": lambda: bench.toolkit("batch_size: 8"),
             f"toolkit, max_tokens_per_batch {tokens}": lambda: bench.toolkit(f"max_tokens_per_batch: {tokens}"),
         }
+        if low:
+            name_low = f"toolkit, max_tokens_per_batch {tokens}, bf16"
+            arms[name_low] = lambda: bench.toolkit(f"max_tokens_per_batch: {tokens}, precision: bf16")
         if whole:
             arms["toolkit, batch_size 8, states found"] = lambda: bench.toolkit("batch_size: 8", fresh=False)
         seconds: dict[str, list[float]] = {arm: [] for arm in arms}
