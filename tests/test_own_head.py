@@ -112,6 +112,8 @@ def test_random_weights_with_an_adapter_leave_a_model_with_its_head(
         ("{pooling: sum}", [], "recipe.yaml:1:"),
         ("{hidden: 24}", [], "model.head.hidden: "),
         ("{hidden: [0]}", [], "model.head.hidden[0]: "),
+        ("{hidden: [16385]}", [], "model.head.hidden[0]: "),
+        ("{hidden: [8, 8, 8, 8, 8, 8, 8, 8, 8]}", [], "(a list of at most 8)"),
         ("{dropout: 1.0}", [], "model.head.dropout: "),
         ("{activation: swish}", [], "model.head.activation: "),
         ("{layers: [24]}", [], "model.head.layers: "),

@@ -170,7 +170,8 @@ def _rule_of(schema: dict[str, Any]) -> str:
     kind = schema.get("type", "")
     if kind == "array":
         least = f" of at least {schema['minItems']}" if "minItems" in schema else ""
-        return f"a list{least}"
+        most = f" of at most {schema['maxItems']}" if "maxItems" in schema else ""
+        return f"a list{least}{most}"
     names = {"integer": "an integer", "number": "a number", "string": "text", "boolean": "true or false"}
     if kind in names:
         bounds = [

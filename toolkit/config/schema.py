@@ -31,8 +31,10 @@ class HeadSettings(Section):
         description="What of a text is classified: its last token, its first, or the mean or maximum of all; null: the "
         "architecture's own (GPT-2 last, DistilBERT first).",
     )
-    hidden: list[PositiveInt] = Field(
-        default_factory=list, description="Widths of hidden layers between pooled state and labels; [] is linear."
+    hidden: list[Annotated[int, Field(ge=1, le=16_384)]] = Field(
+        default_factory=list,
+        max_length=8,
+        description="Widths of hidden layers between pooled state and labels; [] is linear.",
     )
     activation: Literal["relu", "gelu", "tanh"] = Field(default="relu", description="Behind each hidden layer.")
     dropout: Fraction = Field(
