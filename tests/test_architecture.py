@@ -78,6 +78,7 @@ DOORS = {
         "toolkit/memory/prefix.py",
         "toolkit/memory/measure.py",
     },
+    "optuna": {"toolkit/experiments/sweep.py"},
     "typer": {"toolkit/cli.py"},
     "rich": {"toolkit/console.py", "toolkit/console_compare.py", "toolkit/console_plan.py"},
     "pickle": set(),

@@ -127,6 +127,30 @@ def compare(
 
 
 @app.command()
+def sweep(
+    recipe: RecipeFile,
+    space: Annotated[str, typer.Argument(metavar="SPACE", help="YAML: dotted field to a list of values, or a range.")],
+    overrides: Overrides = None,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Trials in all, earlier ones included.")] = 20,
+    output: Annotated[
+        pathlib.Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where the study is kept.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Search a recipe's best settings; poor runs are cut short, an interrupted sweep goes on."""
+    from toolkit.console_compare import print_sweep
+    from toolkit.experiments.sweep import sweep as search
+
+    listener = TerminalListener()
+    found = search(recipe, space, overrides=overrides or [], trials=trials, output=output, listener=listener)
+    if as_json:
+        sys.stdout.write(json.dumps(found) + "\n")
+    else:
+        print_sweep(found)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes."""
     from toolkit.config.load import recipe_schema

@@ -1,4 +1,4 @@
-"""Shows recipes side by side, and which one is enough."""
+"""Shows recipes side by side, and the trials of a sweep."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.table import Table
 from toolkit.console import OUT, human_bytes, human_seconds
 
 if TYPE_CHECKING:
+    from toolkit.experiments.sweep import Sweep
     from toolkit.report.comparison import Comparison, RecipeRow
 
 
@@ -46,3 +47,17 @@ def _cells(row: RecipeRow, *, best: str) -> list[str]:
         human_seconds(measured["seconds"]),
         f"{measured['trainable']:,}",
     ]
+
+
+def print_sweep(found: Sweep) -> None:
+    """Print a line for each trial, the best one, and where its recipe lies."""
+    table = Table(box=None)
+    for name in ("trial", found["metric"], "state"):
+        table.add_column(name, justify="right" if name != "state" else "left")
+    table.add_column("settings", overflow="fold")
+    for trial in found["trials"]:
+        value = "" if trial["value"] is None else f"{trial['value']:.4f}"
+        style = "bold" if trial["number"] == found["best"] else None
+        table.add_row(str(trial["number"]), value, trial["state"], " ".join(trial["overrides"]), style=style)
+    OUT.print(table)
+    OUT.print(f"best recipe: {found['recipe']}", markup=False, soft_wrap=True)
