@@ -1,6 +1,6 @@
-"""Writes docs/performance.md or docs/memory.md from benchmarks/results/*.json.
+"""Writes docs/performance.md, docs/memory.md or docs/methods.md from benchmarks/results/*.json.
 
-python benchmarks/table.py performance|memory
+python benchmarks/table.py performance|memory|methods
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from memory_page import memory_page
+from methods_page import methods_page
 
 HERE = pathlib.Path(__file__).parent
 DOCS = HERE.parent / "docs"
@@ -160,9 +161,11 @@ def performance_page() -> str:
 
 if __name__ == "__main__":
     [name] = sys.argv[1:]
-    memory = load("memory_plan")
+    memory, methods = load("memory_plan"), load("methods")
     if name == "memory" and memory:
         page = memory_page(memory, machine_line(memory), load("last_block_xl"))
+    elif name == "methods" and methods:
+        page = methods_page(methods, machine_line(methods))
     else:
         page = performance_page()
     (DOCS / f"{name}.md").write_text(page, encoding="utf-8")

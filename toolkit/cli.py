@@ -13,11 +13,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from toolkit.console import OUT, TerminalListener, print_error, print_result
+from toolkit.console import OUT, TerminalListener, print_error, print_metrics, print_result
 from toolkit.errors import ToolkitError
 
 app = typer.Typer(
@@ -104,6 +104,53 @@ def plan(
 
 
 @app.command()
+def compare(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE... [OVERRIDE]...", help="YAML recipes; overrides.")],
+    seeds: Annotated[int, typer.Option("--seeds", min=1, max=100, help="Runs of each recipe.")] = 1,
+    output: Annotated[
+        pathlib.Path, typer.Option("--output", "-o", metavar="DIR", help="Where the page is written.")
+    ] = pathlib.Path("runs/compare"),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run recipes, or reuse their finished runs, and say which one is enough."""
+    from toolkit.console_compare import print_comparison
+    from toolkit.experiments.compare import compare as compare_recipes
+
+    files = [word for word in recipes if "=" not in word or pathlib.Path(word).is_file()]
+    overrides = [word for word in recipes if word not in files]
+    found = compare_recipes(files, overrides=overrides, seeds=seeds, output=output, listener=TerminalListener())
+    if as_json:
+        sys.stdout.write(json.dumps(found) + "\n")
+    else:
+        print_comparison(found, output)
+
+
+@app.command()
+def sweep(
+    recipe: RecipeFile,
+    space: Annotated[str, typer.Argument(metavar="SPACE", help="YAML: dotted field to a list of values, or a range.")],
+    overrides: Overrides = None,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Trials in all, earlier ones included.")] = 20,
+    output: Annotated[
+        pathlib.Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where the study is kept.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Search a recipe's best settings; poor runs are cut short, an interrupted sweep goes on."""
+    from toolkit.console_compare import print_sweep
+    from toolkit.experiments.sweep import sweep as search
+
+    listener = TerminalListener()
+    found = search(recipe, space, overrides=overrides or [], trials=trials, output=output, listener=listener)
+    if as_json:
+        sys.stdout.write(json.dumps(found) + "\n")
+    else:
+        print_sweep(found)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes."""
     from toolkit.config.load import recipe_schema
@@ -164,31 +211,6 @@ def evaluate(
         sys.stdout.write(json.dumps(metrics) + "\n")
     else:
         print_metrics(metrics)
-
-
-def print_metrics(metrics: Any) -> None:
-    """Print the figures of an evaluation as a table per label, or per target."""
-    from rich.table import Table
-
-    OUT.print(f"rows {metrics['rows']:,}  loss {metrics['loss']:.4f}")
-    if "accuracy" in metrics:
-        low, high = metrics["accuracy_interval"]
-        OUT.print(f"accuracy {metrics['accuracy']:.4f}  (95 % interval {low:.4f} to {high:.4f})")
-    shown = ("f1_macro", "f1_micro", "mean_average_precision", "mcc", "ece", "mae", "r2", "pearson", "spearman")
-    OUT.print("  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics))
-    if found := metrics.get("calibrated"):
-        OUT.print("calibrated: " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
-    if found := metrics.get("tuned"):
-        figures = "  ".join(f"{name} {found[name]:.4f}" for name in ("accuracy", *shown) if name in found)
-        from_ = ", ".join(f"{name} from {threshold:.4f}" for name, threshold in found["thresholds"].items())
-        OUT.print(f"tuned: {figures}  ({from_})", markup=False)
-    each = metrics["per_label"] if "per_label" in metrics else metrics["per_target"]
-    columns = list(next(iter(each.values())))
-    table = Table("label", *(column.replace("support", "rows") for column in columns), box=None)
-    for label, figures in each.items():
-        cells = (figures[name] for name in columns)
-        table.add_row(label, *(f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for value in cells))
-    OUT.print(table)
 
 
 @app.command()

@@ -135,7 +135,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     from toolkit.adapters.rates import rate_scales
     from toolkit.adapters.schedule import build_schedule
     from toolkit.memory.measure import MemoryWatch, predict_run
-    from toolkit.outcome import build_record, environment, error_examples, write_reports
+    from toolkit.outcome import build_record, environment, write_reports
     from toolkit.tasks import Setup, build_task
     from toolkit.training.gemm import choose_gemm
     from toolkit.training.optim import build_optimizer
@@ -246,7 +246,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
         prefix_cache=task.prefix_cache,
         environment=environment(device, precision=precision, processes=accelerator.num_processes, gemm=gemm),
     )
-    write_reports(record, recipe=recipe, folder=folder, mistakes=error_examples(task.mistakes(), data))
+    write_reports(record, recipe=recipe, folder=folder, data=data, task=task)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return record

@@ -12,6 +12,7 @@ from toolkit.config.load import dump_recipe
 from toolkit.config.schema import Recipe
 from toolkit.data.parts import LoadedData
 from toolkit.evaluation.mistakes import Mistake
+from toolkit.evaluation.predictions import write_predictions
 from toolkit.models.base import Base
 from toolkit.models.heads import own_head
 from toolkit.report.curves import draw_confusion, draw_curves, draw_memory
@@ -20,7 +21,7 @@ from toolkit.report.metrics_log import MetricsLog
 from toolkit.report.model_card import write_model_card
 from toolkit.report.run_record import FORMAT, MemoryRecord, PrefixCacheRecord, RunRecord, write_run_record
 from toolkit.run_folder import RunFolder
-from toolkit.tasks import Kind
+from toolkit.tasks import Kind, Task
 from toolkit.training.state import Progress
 
 
@@ -86,9 +87,14 @@ def build_record(
     }
 
 
-def write_reports(record: RunRecord, *, recipe: Recipe, folder: RunFolder, mistakes: list[ErrorExample]) -> None:
-    """Write pictures, report and model card; then result.json, which says that the run is finished."""
+def write_reports(record: RunRecord, *, recipe: Recipe, folder: RunFolder, data: LoadedData, task: Task) -> None:
+    """Write predictions, pictures, report and model card; then result.json, which says that the run is finished."""
     text = dump_recipe(recipe)
+    predictions = task.predictions()
+    if predictions is not None and data.label_map is not None:
+        write_predictions(
+            folder.predictions, predictions, row_numbers=data.test.row_numbers, names=data.label_map.names
+        )
     curves = folder.path / "curves.png"
     best = record["best"]["step"] if record["best"] else None
     history = MetricsLog(folder.metrics).read()
@@ -104,7 +110,7 @@ def write_reports(record: RunRecord, *, recipe: Recipe, folder: RunFolder, mista
         record,
         folder.path / "report.html",
         recipe=text,
-        errors=mistakes,
+        errors=error_examples(task.mistakes(), data),
         curves=curves,
         confusion=confusion,
         memory=timeline,

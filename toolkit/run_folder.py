@@ -21,7 +21,7 @@ FREE = ("output",)
 # What the atomic writers of files and folders stage beside their target, by the names that a run holds.
 STAGED = (
     "recipe.yaml", "result.json", "metrics.jsonl", "split.json", "report.html", "README.md", "curves.png",
-    "confusion.png", "memory.png", "adapter", "model",
+    "confusion.png", "memory.png", "predictions.csv", "adapter", "model",
 )  # fmt: skip
 LEFTOVER = re.compile(rf"\.{{1,2}}({'|'.join(map(re.escape, STAGED))})(-[a-z0-9_]{{8}}){{1,2}}")
 
@@ -50,6 +50,11 @@ class RunFolder:
     def metrics(self) -> pathlib.Path:
         """One JSON line per log step and evaluation."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def predictions(self) -> pathlib.Path:
+        """What the run said of every test row."""
+        return self.path / "predictions.csv"
 
     @property
     def split(self) -> pathlib.Path:

@@ -34,6 +34,8 @@ class MemoryUse(TypedDict):
     rss: int
 
 
+# Set for the processes that the toolkit itself starts; its value is the pid of the one that did.
+LAUNCHER = "TOOLKIT_LAUNCHER"
 PEFT_ASKS = ("peft.import_utils.is_bnb_available", "peft.import_utils.is_bnb_4bit_available")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "tiktoken", "safetensors")
 
@@ -142,7 +144,7 @@ def absent(library: str, *questions: str) -> Iterator[None]:
 def end_with_launcher() -> None:
     """On Linux, receive SIGTERM when the launcher dies: it does not pass signals on."""
     # torchrun sets LOCAL_RANK; accelerate launch does not for a single process.
-    launched = {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ)
+    launched = {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", LAUNCHER} & set(os.environ)
     if platform.system() != "Linux" or not launched:
         return
     import ctypes

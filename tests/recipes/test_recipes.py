@@ -16,7 +16,7 @@ from toolkit.finetune import finetune
 __all__ = ["pico_cache"]
 
 ROOT = Path(__file__).resolve().parents[2] / "recipes"
-RECIPES = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name != "accelerate")
+RECIPES = sorted(path for path in ROOT.rglob("*.yaml") if path.parent.name not in ("accelerate", "sweep"))
 ACCELERATE = sorted((ROOT / "accelerate").glob("*.yaml"))
 
 

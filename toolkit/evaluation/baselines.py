@@ -53,8 +53,8 @@ def baselines(
     problem_type: ProblemType = "single_label_classification",
     vocabulary: int,
     seed: int,
-) -> dict[str, Baseline]:
-    """Return the figures of each baseline by name.
+) -> tuple[dict[str, Baseline], dict[str, NDArray[Any]]]:
+    """Return the figures, and the answers (rows, ...), of each baseline by name.
 
     They are ``majority`` (the commonest label, or set of labels) and ``tfidf_logistic_regression``; for numbers
     ``mean`` and ``tfidf_ridge``.
@@ -70,8 +70,8 @@ def baselines(
 
     labels = train["labels"]
     constant, learned, answer = _answers(labels, problem_type)
-    repeated = np.repeat(answer[None], len(judged["labels"]), axis=0)
-    found = {constant: _judge(repeated, judged, problem_type, rows=len(labels))}
+    answers = {constant: np.repeat(answer[None], len(judged["labels"]), axis=0)}
+    found = {constant: _judge(answers[constant], judged, problem_type, rows=len(labels))}
     chosen = np.arange(len(labels))
     if len(chosen) > MAX_ROWS:
         chosen = np.sort(np.random.default_rng(seed).choice(len(labels), MAX_ROWS, replace=False))
@@ -82,9 +82,9 @@ def baselines(
         known = known if len(known) else np.unique(counts.indices)
         weigh = TfidfTransformer(sublinear_tf=True)
         predict = _fit(weigh.fit_transform(counts[:, known]), labels[chosen], problem_type)
-        predicted = predict(weigh.transform(_counts(judged, vocabulary)[:, known]))
-        found[learned] = _judge(predicted, judged, problem_type, rows=len(chosen))
-    return found
+        answers[learned] = predict(weigh.transform(_counts(judged, vocabulary)[:, known]))
+        found[learned] = _judge(answers[learned], judged, problem_type, rows=len(chosen))
+    return found, answers
 
 
 def _answers(labels: NDArray[Any], problem_type: ProblemType) -> tuple[str, str, NDArray[Any]]:

@@ -64,7 +64,7 @@ def draw_curves(history: History, path: pathlib.Path, *, title: str, best_step: 
     """
     evaluations = [(line["step"], line["validation"]) for line in history if line.get("validation")]
     judged = [(step, figures) for step, figures in evaluations if QUALITY & figures.keys()]
-    with _figure(path, columns=2 if judged else 1, title=title) as axes:
+    with figure(path, columns=2 if judged else 1, title=title) as axes:
         _draw_loss(axes[0], history, evaluations)
         if judged:
             _draw_quality(axes[1], judged)
@@ -94,7 +94,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]], labels: Sequence[str], pa
     counts = np.asarray(confusion)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = float(np.clip(1.3 + 0.85 * len(labels), 3.6, 11))
-    with _figure(path, columns=1, title="", size=(side, side)) as (panel,):
+    with figure(path, columns=1, title="", size=(side, side)) as (panel,):
         panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         names = [label if len(label) <= 18 else label[:17] + "…" for label in labels]
         tilt = 0 if max(map(len, names)) * len(names) < 26 else 45
@@ -122,7 +122,7 @@ def draw_memory(memory: MemoryRecord, history: History, path: pathlib.Path) -> N
     counted: Literal["allocated", "rss"] = "allocated" if memory["kind"] == "cuda allocated" else "rss"
     phases = memory["phases"]
     start = phases[0]["time"]
-    with _figure(path, columns=1, title="", size=(8.6, 3.7)) as (panel,):
+    with figure(path, columns=1, title="", size=(8.6, 3.7)) as (panel,):
         for place, phase in enumerate(phases):
             begin, peak = phase["time"] - start, phase[counted] / MIB
             ends = [begin, begin + phase["seconds"]]
@@ -238,7 +238,7 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def _figure(
+def figure(
     path: pathlib.Path, *, columns: int, title: str, size: tuple[float, float] | None = None
 ) -> Iterator[Sequence[Axes]]:
     """Yield the panels of a figure and write it at the end; no global state of pyplot is touched."""
@@ -246,14 +246,14 @@ def _figure(
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        figure: Figure = Figure(figsize=size or (5.4 * columns, 3.7), layout="constrained")
-        panels = [figure.add_subplot(1, columns, place + 1) for place in range(columns)]
+        drawing: Figure = Figure(figsize=size or (5.4 * columns, 3.7), layout="constrained")
+        panels = [drawing.add_subplot(1, columns, place + 1) for place in range(columns)]
         if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+            drawing.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
         yield panels
         with warnings.catch_warnings():
             # A label in a script the bundled font lacks is drawn as a box; that is no reason to fail a run.
             warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
             png = io.BytesIO()
-            figure.savefig(png, dpi=160, format="png", bbox_inches="tight", pad_inches=0.12)
+            drawing.savefig(png, dpi=160, format="png", bbox_inches="tight", pad_inches=0.12)
         write_file_atomically(path, png.getvalue())

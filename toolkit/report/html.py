@@ -45,12 +45,13 @@ def write_report(
     Raises:
         OSError: If an image cannot be read or the report not written.
     """
-    images = {"curves": _inline(curves), "confusion": _inline(confusion), "timeline": _inline(memory)}
+    images = {"curves": inline(curves), "confusion": inline(confusion), "timeline": inline(memory)}
     page = render("report.html.j2", record=record, recipe=recipe, extra={"errors": list(errors), **images})
     write_file_atomically(path, page)
 
 
-def _inline(image: pathlib.Path | None) -> str | None:
+def inline(image: pathlib.Path | None) -> str | None:
+    """Return a PNG as a data URL; None without one."""
     if image is None:
         return None
     return "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode("ascii")

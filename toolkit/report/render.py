@@ -1,4 +1,4 @@
-"""What the model card and the HTML report share: the template environment and the values both speak of."""
+"""What the model card and the HTML pages share: the template environment, and the values of a run they speak of."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def render(template: str, *, record: RunRecord, recipe: str, extra: dict[str, An
         recipe: The resolved recipe as YAML.
         extra: Values of this template alone.
     """
+    return fill(template, **_shared(record, recipe), **extra)
+
+
+def fill(template: str, **values: Any) -> str:
+    """Fill a template of ``report/templates`` with these values alone."""
     environment = Environment(
         loader=PackageLoader("toolkit.report"),
         autoescape=".html" in template,
@@ -37,7 +42,7 @@ def render(template: str, *, record: RunRecord, recipe: str, extra: dict[str, An
         "cell": cell,
         "clip": clip,
     }
-    return environment.get_template(template).render(**_shared(record, recipe), **extra)
+    return environment.get_template(template).render(**values)
 
 
 def cell(text: str) -> str:

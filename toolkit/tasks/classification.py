@@ -26,6 +26,7 @@ from toolkit.evaluation.decision import Decision, fit_decision
 from toolkit.evaluation.evaluate import predict_logits
 from toolkit.evaluation.figures import all_figures, validation_figures
 from toolkit.evaluation.mistakes import Mistake, worst_mistakes
+from toolkit.evaluation.predictions import Predictions, predictions_of
 from toolkit.memory.prefix import (
     PrefixPlan,
     keep_prefixes,
@@ -83,6 +84,7 @@ class ClassificationTask:
             self._start_from_texts()
         self._test_logits: Floats | None = None
         self._decision, self._warnings = Decision(), data.warnings
+        self._baselines: dict[str, NDArray[Any]] = {}
 
     def _build(self, plan: PrefixPlan | None) -> None:
         """Load the model with its method, and keep the states of its frozen blocks if there is a plan for them."""
@@ -153,14 +155,22 @@ class ClassificationTask:
             for part in ("train", "test")
         )
         vocabulary = self._base.config["vocab_size"]
-        seed = self._recipe.training.seed
-        return dict(baselines(train, test, problem_type=self._kind, vocabulary=vocabulary, seed=seed))
+        figures, self._baselines = baselines(
+            train, test, problem_type=self._kind, vocabulary=vocabulary, seed=self._recipe.training.seed
+        )
+        return dict(figures)
 
     def mistakes(self) -> list[Mistake]:
         """Return wrong test predictions, worst first; empty before ``judge("test")``."""
         if self._test_logits is None:
             return []
         return worst_mistakes(self._test_logits, self._labels["test"], problem_type=self._kind, names=self._names)
+
+    def predictions(self) -> Predictions | None:
+        """Return the answers to the test rows; None before ``judge("test")``, and where a row has not one label."""
+        if self._test_logits is None or self._kind != "single_label_classification":
+            return None
+        return predictions_of(self._test_logits, self._labels["test"], baselines=self._baselines)
 
     def _logits(self, part: str, *, cache: PrefixCache | None = None) -> Floats:
         """Return logits (N, C) of a part; every process computes its share and gets all."""

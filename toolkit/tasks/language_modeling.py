@@ -118,6 +118,10 @@ class LanguageModelingTask:
         """Return nothing: a language model has no labels to miss."""
         return []
 
+    def predictions(self) -> None:
+        """Return None: nothing is classified."""
+        return
+
     def save(self, folder: pathlib.Path) -> Kind:
         """Write the language model as stock transformers loads it."""
         write_artifact(self.model, folder / "model", kind="model", recipe=self._recipe, base=self._base, labels=())

@@ -16,6 +16,7 @@ from toolkit.data.tokenize import Tokenizer
 from toolkit.data.tokens import Encoded, TokenTable
 from toolkit.evaluation.decision import Decision
 from toolkit.evaluation.mistakes import Mistake
+from toolkit.evaluation.predictions import Predictions
 from toolkit.export.artifact import ArtifactFacts, BaseReference, write_manifest
 from toolkit.export.model import copy_tokenizer, note_decision, save_model
 from toolkit.export.staging import staged_folder
@@ -89,6 +90,9 @@ class Task(Protocol):
 
     def mistakes(self) -> list[Mistake]:
         """Return wrong test predictions, surest first."""
+
+    def predictions(self) -> Predictions | None:
+        """Return the answers to the test rows, the baselines' beside them; None without labels or test rows."""
 
     def save(self, folder: pathlib.Path) -> Kind:
         """Write ``adapter`` or ``model`` into the run folder and return that name."""
