@@ -78,7 +78,7 @@ DOORS = {
         "toolkit/memory/prefix.py",
         "toolkit/memory/measure.py",
     },
-    "typer": {"toolkit/cli.py"},
+    "typer": {"toolkit/cli.py", "toolkit/cli_resample.py"},
     "rich": {"toolkit/console.py", "toolkit/cli.py", "toolkit/console_plan.py"},
     "pickle": set(),
 }

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from toolkit.cli_resample import resample
 from toolkit.console import OUT, TerminalListener, print_error, print_result
 from toolkit.errors import ToolkitError
 
@@ -205,6 +206,9 @@ def predict(
     for line in predict_lines(model, source, text_column=text_column, batch_size=batch_size):
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
+
+
+app.command()(resample)
 
 
 class _Terminated(BaseException):
