@@ -207,6 +207,19 @@ def print_metrics(metrics: Any) -> None:
     OUT.print(table)
 
 
+def print_series(found: Mapping[str, Any], folder: pathlib.Path) -> None:
+    """Print the figures of a recipe's runs on other rows, a line each, and their mean where they are folds."""
+    names = [name for name in FIGURES if name in found["runs"][0]["figures"]]
+    table = Table("run", "train", *names, box=None)
+    for run in found["runs"]:
+        table.add_row(run["folder"], f"{run['parts']['train']:,}", *(f"{run['figures'][name]:.4f}" for name in names))
+    if "mean" in found:
+        table.add_row("mean", "", *(f"{found['mean'][name]:.4f}" for name in names))
+        table.add_row("deviation", "", *(f"{found['deviation'][name]:.4f}" for name in names))
+    OUT.print(table)
+    OUT.print(f"kept in:  {folder}", soft_wrap=True, markup=False)
+
+
 def print_error(text: str) -> None:
     """Write error lines to stderr as they are: no wrapping, no colour, so that editors and scripts can parse them."""
     sys.stderr.write(text.rstrip("\n") + "\n")
