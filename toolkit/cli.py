@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from toolkit.cli_experiments import compare, sweep
 from toolkit.console import OUT, TerminalListener, print_error, print_metrics, print_result
 from toolkit.errors import ToolkitError
 
@@ -103,51 +104,8 @@ def plan(
         write_recipe(found, write)
 
 
-@app.command()
-def compare(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE... [OVERRIDE]...", help="YAML recipes; overrides.")],
-    seeds: Annotated[int, typer.Option("--seeds", min=1, max=100, help="Runs of each recipe.")] = 1,
-    output: Annotated[
-        pathlib.Path, typer.Option("--output", "-o", metavar="DIR", help="Where the page is written.")
-    ] = pathlib.Path("runs/compare"),
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Run recipes, or reuse their finished runs, and say which one is enough."""
-    from toolkit.console_compare import print_comparison
-    from toolkit.experiments.compare import compare as compare_recipes
-
-    files = [word for word in recipes if "=" not in word or pathlib.Path(word).is_file()]
-    overrides = [word for word in recipes if word not in files]
-    found = compare_recipes(files, overrides=overrides, seeds=seeds, output=output, listener=TerminalListener())
-    if as_json:
-        sys.stdout.write(json.dumps(found) + "\n")
-    else:
-        print_comparison(found, output)
-
-
-@app.command()
-def sweep(
-    recipe: RecipeFile,
-    space: Annotated[str, typer.Argument(metavar="SPACE", help="YAML: dotted field to a list of values, or a range.")],
-    overrides: Overrides = None,
-    trials: Annotated[int, typer.Option("--trials", min=1, help="Trials in all, earlier ones included.")] = 20,
-    output: Annotated[
-        pathlib.Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where the study is kept.")
-    ] = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Search a recipe's best settings; poor runs are cut short, an interrupted sweep goes on."""
-    from toolkit.console_compare import print_sweep
-    from toolkit.experiments.sweep import sweep as search
-
-    listener = TerminalListener()
-    found = search(recipe, space, overrides=overrides or [], trials=trials, output=output, listener=listener)
-    if as_json:
-        sys.stdout.write(json.dumps(found) + "\n")
-    else:
-        print_sweep(found)
+app.command()(compare)
+app.command()(sweep)
 
 
 @app.command()
