@@ -31,7 +31,7 @@ NAMES = {
     "mean": "mean",
     "tfidf_ridge": "TF-IDF with ridge regression",
 }
-FIGURES = ("accuracy", "f1_macro", "f1_micro", "mean_average_precision", "r2", "spearman", "mae", "loss")
+FIGURES = ("accuracy", "f1_macro", "f1_micro", "mean_average_precision", "r2", "spearman", "mae", "loss", "perplexity")
 
 
 def human_bytes(count: float) -> str:
@@ -182,6 +182,29 @@ def _decision(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         from_ = ", ".join(f"{name} from {threshold:.3g}" for name, threshold in found["thresholds"].items())
         rows.append(("  tuned", f"{_figures(found)}  ({from_})"))
     return rows
+
+
+def print_metrics(metrics: Mapping[str, Any]) -> None:
+    """Print the figures of an evaluation as a table per label, or per target."""
+    OUT.print(f"rows {metrics['rows']:,}  loss {metrics['loss']:.4f}")
+    if "accuracy" in metrics:
+        low, high = metrics["accuracy_interval"]
+        OUT.print(f"accuracy {metrics['accuracy']:.4f}  (95 % interval {low:.4f} to {high:.4f})")
+    shown = ("f1_macro", "f1_micro", "mean_average_precision", "mcc", "ece", "mae", "r2", "pearson", "spearman")
+    OUT.print("  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics))
+    if found := metrics.get("calibrated"):
+        OUT.print("calibrated: " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+    if found := metrics.get("tuned"):
+        figures = "  ".join(f"{name} {found[name]:.4f}" for name in ("accuracy", *shown) if name in found)
+        from_ = ", ".join(f"{name} from {threshold:.4f}" for name, threshold in found["thresholds"].items())
+        OUT.print(f"tuned: {figures}  ({from_})", markup=False)
+    each = metrics["per_label"] if "per_label" in metrics else metrics["per_target"]
+    columns = list(next(iter(each.values())))
+    table = Table("label", *(column.replace("support", "rows") for column in columns), box=None)
+    for label, row in each.items():
+        cells = (row[name] for name in columns)
+        table.add_row(label, *(f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for value in cells))
+    OUT.print(table)
 
 
 def print_error(text: str) -> None:
