@@ -57,10 +57,13 @@ def train(recipe: RecipeFile, overrides: Overrides = None, debug: Debug = False)
 @app.command()
 def validate(recipe: RecipeFile, overrides: Overrides = None, debug: Debug = False) -> None:
     """Check a recipe and its files without loading a model."""
+    from toolkit.config.chain import names_recipe
     from toolkit.config.load import load_recipe, pointing_into
     from toolkit.finetune import describe_inputs, read_inputs
 
     checked = load_recipe(recipe, overrides or [])
+    if names_recipe(checked.model):
+        validate(checked.model.base)
     with pointing_into(recipe, overrides or []):
         inputs = read_inputs(checked)
     for line in describe_inputs(*inputs):

@@ -15,6 +15,8 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from toolkit.adapters.fit import check_method
+from toolkit.config.chain import recipe_before
+from toolkit.config.load import pointing_into
 from toolkit.config.methods import leaves_adapter
 from toolkit.config.schema import OutputSettings, Recipe
 from toolkit.data.load import LoadedData, load_data
@@ -42,7 +44,8 @@ BASELINE_BYTES = 256 << 20
 def finetune(recipe: Recipe, *, listener: Listener = SILENT) -> RunRecord:
     """Train what ``recipe`` describes and return its record, which also stands in ``result.json``.
 
-    An unfinished run goes on from its newest valid checkpoint; a finished one is not run again.
+    An unfinished run goes on from its newest valid checkpoint; a finished one is not run again. Where ``model.base`` is
+    a recipe, its run comes first, in the same way.
 
     Args:
         recipe: From ``load_recipe``.
@@ -59,7 +62,14 @@ def finetune(recipe: Recipe, *, listener: Listener = SILENT) -> RunRecord:
     if state == "finished":
         listener.say(f"{folder.path} is finished; output.overwrite=true starts anew")
         return read_run_record(folder.result)
-    data, base = read_inputs(recipe, split=folder.split if state == "unfinished" else None)
+    split = folder.split if state == "unfinished" else None
+    if (before := recipe_before(recipe.model)) is not None:
+        # What is wrong with this recipe is said before hours of the one that makes its base.
+        read_inputs(recipe, split=split)
+        listener.say(f"{recipe.model.base}: makes the base")
+        with pointing_into(recipe.model.base):
+            finetune(before, listener=listener)
+    data, base = read_inputs(recipe, split=split)
     for line in describe_inputs(data, base):
         listener.say(line)
     # One process owns the folder; the others of the same launch only read it.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from pico import pico_cache
 
+from toolkit.config.chain import names_recipe, recipe_before
 from toolkit.config.load import load_recipe, recipe_schema
 from toolkit.finetune import finetune
 
@@ -32,6 +33,7 @@ def test_there_are_recipes_for_the_whole_ladder():
         "gpt2_lora_fa", "gpt2_lora_last_blocks", "gpt2_adalora", "gpt2_vera", "gpt2_ia3", "gpt2_prefix",
         "gpt2_ln_tuning", "distilbert_gradual", "distilbert_bias", "distilbert_qdora_4bit", "distilbert_ia3",
         "distilbert_full_layer_decay", "distilbert_sentiment_npy", "gpt2_medium_qlora", "gpt2_mini", "distilbert_mini",
+        "gpt2_sms", "gpt2_adapted",
     }  # fmt: skip
 
 
@@ -89,6 +91,12 @@ def test_one_step_of_every_recipe(path, tmp_path, pico_cache, texts, token_ids):
     assert record["steps"] == 1
     assert record["method"]["name"] == recipe.method.name
     assert record["quantization"] == (None if recipe.quantization is None else recipe.quantization.model_dump())
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if names_recipe(load_recipe(path).model)], ids=name_of)
+def test_the_recipe_that_makes_a_base_is_there(path, monkeypatch):
+    monkeypatch.chdir(ROOT.parent)
+    assert recipe_before(load_recipe(path).model) is not None
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=name_of)

@@ -45,7 +45,10 @@ class HeadSettings(Section):
 class ModelSettings(Section):
     """Which pre-trained model is tuned."""
 
-    base: Name = Field(description="Hub id, local folder, or an embedded base: gpt2-mini, distilbert-mini.")
+    base: Name = Field(
+        description="Hub id, local folder, an embedded base (gpt2-mini, distilbert-mini), or the recipe (.yaml) of a "
+        "language_modeling run, which is made first, or used where it has finished."
+    )
     offline_base: Name | None = Field(
         default=None, description="Used, with a warning, only when `base` cannot be reached."
     )

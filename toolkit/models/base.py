@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from toolkit.config.schema import HeadSettings, ModelSettings
+from toolkit.config.chain import recipe_before, trained_model
+from toolkit.config.schema import HeadSettings, ModelSettings, Recipe
 from toolkit.errors import ModelError, Problem, nearest
 from toolkit.families import FAMILIES, Family, with_head
 from toolkit.models.fingerprint import fingerprint
@@ -75,6 +76,8 @@ def resolve_base(settings: ModelSettings) -> Base:
     """Find the base of a recipe, check its folder and choose the stand-in if it cannot be reached.
 
     A name is looked up as an embedded base, then as a local folder, then as a hub id (first in the local hub cache).
+    A recipe's name means the model that its run left or, before that run, the base it will start from: one of the same
+    shape. A run folder means the model in it.
     Whether the hub can be reached is decided in under 5 seconds. ``HF_ENDPOINT``, ``HF_HUB_OFFLINE`` and
     ``TOOLKIT_OFFLINE`` are respected.
 
@@ -87,7 +90,11 @@ def resolve_base(settings: ModelSettings) -> Base:
     Raises:
         ModelError: The base does not exist, is damaged, is unreachable without an `offline_base`, has fewer positions
             than `max_length`, or another head of the toolkit's own than the recipe.
+        RecipeError: The recipe that `base` names is wrong.
     """
+    before = recipe_before(settings)
+    if before is not None:
+        return _resolve_chained(settings, before)
     try:
         path, name_or_path = _find(settings.base, field="model.base")
         used, offline = settings.base, False
@@ -112,6 +119,18 @@ def resolve_base(settings: ModelSettings) -> Base:
     )
 
 
+def _resolve_chained(settings: ModelSettings, before: Recipe) -> Base:
+    """Return the base that another recipe's run makes."""
+    trained = trained_model(before)
+    if trained is not None:
+        found = resolve_base(settings.model_copy(update={"base": str(trained), "offline_base": None}))
+    else:
+        same = {"base": before.model.base, "offline_base": before.model.offline_base}
+        random = settings.random_init or before.model.random_init
+        found = resolve_base(settings.model_copy(update=same | {"random_init": random}))
+    return replace(found, requested=settings.base)
+
+
 def resolve_folder(name: str, *, field: str) -> Path:
     """Return the local folder of an embedded base, a local folder or a hub id, unchecked.
 
@@ -131,6 +150,9 @@ def _find(name: str, *, field: str) -> tuple[Path, str]:
         return path, str(path.resolve())
     local = Path(name).expanduser()
     if local.exists():
+        if not (local / "config.json").exists() and (local / "model" / "config.json").is_file():
+            # A run folder.
+            local = local / "model"
         return local, str(local.resolve())
     # One slash is a hub id, unless its first part is a folder here: then it is a mistyped path.
     if HUB_ID.fullmatch(name) is None or (len(local.parts) == 2 and Path(local.parts[0]).is_dir()):
