@@ -117,7 +117,7 @@ def test_random_weights_with_an_adapter_leave_a_model_with_its_head(
         ("{dropout: 1.0}", [], "model.head.dropout: "),
         ("{activation: swish}", [], "model.head.activation: "),
         ("{layers: [24]}", [], "model.head.layers: "),
-        ("{pooling: mean}", ["objective=language_modeling"], "model.head: language_modeling classifies nothing"),
+        ("{pooling: mean}", ["objective=language_modeling"], "model.head: a language model classifies nothing"),
     ],
 )
 def test_a_wrong_head_gets_its_line(

@@ -136,20 +136,29 @@ def merge(
 @app.command()
 def evaluate(
     model: Folder,
-    data: Annotated[str, typer.Option("--data", help="Labelled csv, tsv, jsonl, parquet or npy file.")],
+    data: Annotated[str, typer.Option("--data", help="Labelled csv, tsv, jsonl, parquet or npy file; or of pairs.")],
     text_column: Annotated[str, typer.Option("--text-column")] = "text",
     label_column: Annotated[
         str | None,
         typer.Option("--label-column", help="Default: label; of several labels or numbers: a column for each."),
     ] = None,
     label_separator: Annotated[str, typer.Option("--label-separator", help="Between the labels of a list.")] = "|",
+    prompt_column: Annotated[str, typer.Option("--prompt-column", help="Of an instruction run.")] = "prompt",
+    response_column: Annotated[str, typer.Option("--response-column", help="Of an instruction run.")] = "response",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a trained classifier on a labelled file."""
+    """Measure a trained classifier on a labelled file, or an instruction run on prompts and responses."""
+    from toolkit.inference.evaluate import answers, evaluate_answers
     from toolkit.inference.evaluate import evaluate as evaluate_file
 
+    if answers(model):
+        columns = {"prompt_column": prompt_column, "response_column": response_column}
+        figures = evaluate_answers(model, data, **columns, batch_size=batch_size)
+        shown = f"rows {figures['rows']:,}  loss {figures['loss']:.4f}  perplexity {figures['perplexity']:.2f}"
+        sys.stdout.write((json.dumps(figures) if as_json else shown) + "\n")
+        return
     metrics = evaluate_file(
         model,
         data,
@@ -178,6 +187,29 @@ def predict(
     for line in predict_lines(model, source, text_column=text_column, batch_size=batch_size):
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
+
+
+@app.command()
+def generate(
+    model: Folder,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to answer; put into the run's template.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop at the latest here.")] = 128,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens; without it the likeliest is taken.")] = False,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.01, help="With --sample.")] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="With --sample: nucleus.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="With --sample: the same seed, the same text.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Answer a prompt with what an instruction or causal language_modeling run trained."""
+    from toolkit.inference.generate import Generator, Sampling
+
+    def heard(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    sampling = Sampling(temperature, top_p, seed) if sample else None
+    Generator.load(model).generate(prompt, max_new_tokens=max_new_tokens, sampling=sampling, heard=heard)
+    sys.stdout.write("\n")
 
 
 for experiment in (compare, sweep, resample):

@@ -31,7 +31,7 @@ NAMES = {
     "mean": "mean",
     "tfidf_ridge": "TF-IDF with ridge regression",
 }
-FIGURES = ("accuracy", "f1_macro", "f1_micro", "mean_average_precision", "r2", "spearman", "mae", "loss")
+FIGURES = ("accuracy", "f1_macro", "f1_micro", "mean_average_precision", "r2", "spearman", "mae", "loss", "perplexity")
 
 
 def human_bytes(count: float) -> str:
@@ -184,7 +184,7 @@ def _decision(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def print_metrics(metrics: Any) -> None:
+def print_metrics(metrics: Mapping[str, Any]) -> None:
     """Print the figures of an evaluation as a table per label, or per target."""
     OUT.print(f"rows {metrics['rows']:,}  loss {metrics['loss']:.4f}")
     if "accuracy" in metrics:
@@ -201,8 +201,8 @@ def print_metrics(metrics: Any) -> None:
     each = metrics["per_label"] if "per_label" in metrics else metrics["per_target"]
     columns = list(next(iter(each.values())))
     table = Table("label", *(column.replace("support", "rows") for column in columns), box=None)
-    for label, figures in each.items():
-        cells = (figures[name] for name in columns)
+    for label, row in each.items():
+        cells = (row[name] for name in columns)
         table.add_row(label, *(f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for value in cells))
     OUT.print(table)
 

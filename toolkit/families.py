@@ -23,7 +23,7 @@ class Family:
         embeddings: Module paths of the embeddings.
         blocks: Module path of the list of transformer blocks.
         final_norm: Module path of the norm after the last block, if there is one.
-        head: Module paths of the classification head.
+        head: Module paths of the classification head; none of a language model.
         lora_auto: Suffixes of the modules that ``target_modules: auto`` adapts.
         ia3_auto: The same of IA3: keys, values and the MLP's second layer.
         linear: Suffixes of every linear layer inside a block.
@@ -62,7 +62,7 @@ class Family:
     @property
     def own_head(self) -> bool:
         """Whether the head is the toolkit's own, which stock transformers cannot express."""
-        return self.head[0] == OWN_HEAD
+        return OWN_HEAD in self.head
 
     @property
     def output_layer(self) -> str:
@@ -134,6 +134,17 @@ def with_head(family: Family, head: Mapping[str, Any] | None) -> Family:
     return replace(family, pooling=head["pooling"], head=(OWN_HEAD, family.head[-1]))
 
 
+def language_family(family: Family) -> Family:
+    """Return a family as its language models have it: without a classification head."""
+    return replace(family, head=())
+
+
 def family_of(config: Any) -> Family:
     """Return the family of a transformers config, in memory, with the head that it describes."""
     return with_head(FAMILIES[config.model_type], getattr(config, OWN_HEAD, None))
+
+
+def family_of_model(model: Any) -> Family:
+    """Return the family of a transformers model, which is not wrapped: a classifier's, or a language model's."""
+    family = family_of(model.config)
+    return family if hasattr(model, family.head[0]) else language_family(family)

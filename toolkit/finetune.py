@@ -12,17 +12,18 @@ import json
 import pathlib
 import sys
 import types
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from toolkit.adapters.fit import check_method
 from toolkit.config.chain import recipe_before
 from toolkit.config.load import pointing_into
 from toolkit.config.methods import leaves_adapter
 from toolkit.config.schema import OutputSettings, Recipe
-from toolkit.data.load import LoadedData, load_data
+from toolkit.data.pairs import load_rows
+from toolkit.data.parts import LoadedData
 from toolkit.data.splits import save_split
 from toolkit.data.tokenize import load_tokenizer
-from toolkit.errors import CheckpointError, OutputError, Problem, RecipeError
+from toolkit.errors import OutputError, Problem, RecipeError
 from toolkit.evaluation.decision import check_decision
 from toolkit.export.staging import check_space
 from toolkit.listener import SILENT, Listener
@@ -33,9 +34,6 @@ from toolkit.report.run_record import RunRecord, read_run_record
 from toolkit.report.wording import OWN_HEAD, head_sentence, memory_sentence
 from toolkit.run_folder import RunFolder
 from toolkit.runtime import memory_errors, process_rank
-
-if TYPE_CHECKING:
-    from toolkit.training.trainer import Trainer
 
 # scikit-learn and the table of 20,000 short texts took 215 MiB with six labels.
 BASELINE_BYTES = 256 << 20
@@ -92,7 +90,7 @@ def read_inputs(recipe: Recipe, *, split: pathlib.Path | None = None) -> tuple[L
     Raises:
         InputError: If the data or the base are wrong.
     """
-    data = load_data(recipe.data, supervised=recipe.objective == "classification", split_file=split)
+    data = load_rows(recipe.data, objective=recipe.objective, split_file=split)
     base = resolve_base(recipe.model)
     check_fit(recipe, data, base)
     return data, base
@@ -107,6 +105,9 @@ def check_fit(recipe: Recipe, data: LoadedData, base: Base) -> None:
             inside the inputs.
     """
     check_method(recipe.method, base.family, config=base.config, max_length=recipe.model.max_length)
+    if recipe.objective == "instruction" and base.family.tokenizer != "bpe":
+        wrong = f"instruction needs a model that writes, and {base.family.model_type} fills gaps"
+        raise RecipeError(Problem("", "objective", wrong, "a GPT-2 base"))
     weights, labels = recipe.training.loss.class_weights, data.label_map
     if isinstance(weights, list) and labels is not None and len(weights) != len(labels.names):
         right = f"one for each of {', '.join(labels.names[:20])}"
@@ -150,6 +151,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     from toolkit.training.gemm import choose_gemm
     from toolkit.training.optim import build_optimizer
     from toolkit.training.plan import build_plan
+    from toolkit.training.resume import resume_newest
     from toolkit.training.run_log import RunLog
     from toolkit.training.shortage import recipe_lines
     from toolkit.training.trainer import Trainer
@@ -203,7 +205,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
         evaluate=task.validate if len(task.tables["validation"]) else None,
         observer=log,
     )
-    resume(trainer, folder.checkpoints, listener)
+    resume_newest(trainer, folder.checkpoints, listener)
     log.begin(trainer.progress.step)
     memory.enter("train")
     listener.begin(total=plan.total_steps, done=trainer.progress.step)
@@ -279,36 +281,6 @@ def disk_estimate(parameters: Any, *, settings: OutputSettings, folder: RunFolde
     # A checkpoint holds a weight and Adam's two moments of it in fp32; the best and the one being saved come on top.
     checkpoints = max(1, settings.keep + 2 - len(steps_on_disk(folder.checkpoints)))
     return int(checkpoints * 12 * parameters.trainable + 4 * parameters.total)
-
-
-def resume(trainer: Trainer, checkpoints: pathlib.Path, listener: Listener) -> None:
-    """Go on from the newest valid checkpoint, if there is one.
-
-    Raises:
-        CheckpointError: If there are checkpoints and none is valid, or data or base are others than before.
-    """
-    from toolkit.training.checkpoint import discard, newest_valid
-
-    checkpoint, skipped = newest_valid(checkpoints)
-    for name, reason in skipped.items():
-        listener.say(f"warning: checkpoint {name} is skipped: {reason}")
-    if checkpoint is None:
-        if skipped:
-            raise CheckpointError(
-                Problem(str(checkpoints / name), "", reason, "output.overwrite=true starts anew")
-                for name, reason in skipped.items()
-            )
-        return
-    changed = [name for name, value in trainer.inputs.items() if checkpoint.state["inputs"].get(name) != value]
-    if changed:
-        raise CheckpointError(
-            Problem(str(checkpoint.path), name, "is not what this run began with", "the old one, or another output.dir")
-            for name in changed
-        )
-    if process_rank() == 0:
-        discard(checkpoints, skipped)
-    trainer.resume(checkpoint)
-    listener.say(f"resuming after step {checkpoint.step}")
 
 
 def _hashes(data: LoadedData, base: Base, tokenizer: str) -> dict[str, str]:

@@ -60,6 +60,7 @@ def build_record(
             "folder": artifact,
             "max_length": recipe.model.max_length,
             "head": own_head(base.head, base.config) if data.label_map else None,
+            "template": recipe.instruction.template if recipe.objective == "instruction" else None,
         },
         "data": {
             "origins": origins,

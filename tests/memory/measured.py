@@ -12,12 +12,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from toolkit.adapters.apply import apply_method
 from toolkit.config.schema import Recipe
+from toolkit.data.pairs import PairTable
 from toolkit.data.tokens import TokenTable
-from toolkit.families import FAMILIES, family_of
+from toolkit.families import FAMILIES, family_of, language_family
 from toolkit.memory.prefix_cache import DTYPES, PrefixCache
 from toolkit.models.forward import CLASSIFIERS, checkpoint_activations, unwrapped
 from toolkit.models.heads import own_head
 from toolkit.training.in_backward import InBackward
+from toolkit.training.instruction import InstructionObjective
 from toolkit.training.objectives import ClassificationObjective
 from toolkit.training.optim import build_optimizer
 
@@ -48,7 +50,7 @@ class Measured:
 
 
 def build_model(config: dict[str, Any], recipe: Recipe) -> torch.nn.Module:
-    """A classifier of this config with random weights and the recipe's method."""
+    """A model of this config with random weights and the recipe's method: a classifier, or one that answers."""
     import transformers
 
     kind = config["model_type"]
@@ -56,22 +58,30 @@ def build_model(config: dict[str, Any], recipe: Recipe) -> torch.nn.Module:
         **{key: value for key, value in config.items() if key != "model_type"}, num_labels=2, pad_token_id=0
     )
     made.use_cache = False
+    answers = recipe.objective == "instruction"
     if described := own_head(recipe.model.head, config):
         made.classification_head = described
-    model = CLASSIFIERS[kind](made)
-    model = apply_method(model, recipe.method, family=family_of(made), base_name="pico", seed=1)
-    if blocks := recipe.training.recomputed_blocks(config[FAMILIES[kind].layers_key]):
+    model = transformers.GPT2LMHeadModel(made) if answers else CLASSIFIERS[kind](made)
+    family = language_family(family_of(made)) if answers else family_of(made)
+    model = apply_method(model, recipe.method, family=family, base_name="pico", seed=1)
+    if blocks := recipe.training.recomputed_blocks(config[family.layers_key]):
         checkpoint_activations(model, blocks)
     return model
 
 
 def measure(
-    config: dict[str, Any], recipe: Recipe, lengths: list[int], *, kept: int = 0, streamed: bool = False
+    config: dict[str, Any],
+    recipe: Recipe,
+    lengths: list[int],
+    *,
+    kept: int = 0,
+    streamed: bool = False,
+    responses: list[int] | None = None,
 ) -> Measured:
     """Take two optimizer steps on one batch of these lengths and measure the second, when Adam's state exists.
 
     With ``kept``, the states of so many blocks are drawn at random instead of computed, and with ``streamed`` these
-    blocks and the token embedding have no memory.
+    blocks and the token embedding have no memory. With ``responses``, so many tokens at the end of each row carry loss.
     """
     model = build_model(config, recipe)
     if streamed:
@@ -90,7 +100,10 @@ def measure(
         shape = (len(lengths) if pooled else sum(lengths), config[family.width_key])
         states = np.random.default_rng(0).standard_normal(shape).astype(DTYPES[recipe.training.prefix_cache.dtype])
         cache = PrefixCache(states, table, kept, pooled, 0.0)
-    objective = ClassificationObjective(model, table=table, labels=labels, pad_id=0, cache=cache)
+    objective: torch.nn.Module = ClassificationObjective(model, table=table, labels=labels, pad_id=0, cache=cache)
+    if responses is not None:
+        prompts = table.lengths - np.array(responses)
+        objective = InstructionObjective(model, table=PairTable(table.ids, table.offsets, prompts), pad_id=0)
     optimizer = build_optimizer(model, recipe.training, embeddings=FAMILIES[config["model_type"]].embeddings)
     trained = [p for p in model.parameters() if p.requires_grad]
     objective.train()

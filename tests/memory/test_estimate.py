@@ -188,6 +188,42 @@ def test_a_step_on_kept_states_needs_what_was_predicted(recipe, family, method, 
     assert predicted.allocated_bytes == pytest.approx(real.peak + unseen, rel=0.03)
 
 
+RESPONSES = [20, 41, 7, 100, 30]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", [FULL, LORA, WIDE], ids=["full", "lora", "wide"])
+def test_a_step_on_prompts_and_responses_needs_what_was_predicted(recipe, method, checkpointing):
+    checked = recipe(method, gradient_checkpointing=checkpointing).model_copy(update={"objective": "instruction"})
+    config = CONFIGS["gpt2"]
+    shape = model_shape(config, checked, labels=2)
+    real = measure(config, checked, LENGTHS[5], responses=RESPONSES)
+    predicted = estimate(
+        shape,
+        batches=[MicroBatch.of(LENGTHS[5], targets=sum(RESPONSES), classes=config["vocab_size"])],
+        evaluation=[],
+        training=checked.training,
+        quantization=None,
+        device="cpu",
+        low_precision=False,
+    )
+    assert shape.trainable == real.trainable
+    held = sum(resident(shape, training=checked.training, quantization=None, device="cpu").values())
+    assert held == pytest.approx(real.held, rel=0.001)
+    assert predicted.allocated_bytes == pytest.approx(real.peak, rel=TOLERANCE)
+
+
+def test_the_batch_with_the_most_predicted_tokens_is_looked_at(recipe):
+    lengths = np.random.default_rng(3).integers(30, 90, 103)
+    targets = np.random.default_rng(4).integers(1, 30, 103)
+    training = recipe(LORA, epochs=2, batch_size=4, seed=5).training
+    plan = build_plan(training, lengths=lengths, processes=1)
+    seen = [rows for step in range(plan.total_steps) for rows in plan.micro_batches(step, rank=0)]
+    found = largest_micro_batches(lengths, training, targets=targets, classes=9)
+    assert max(batch.targets for batch in found) == max(targets[rows].sum() for rows in seen)
+    assert {batch.tokens for batch in found} <= {lengths[rows].sum() for rows in seen}
+
+
 # MB of weights and of quantisation state of the real shapes, as toolkit.models.load loads them. DistilBERT in 8 bits is
 # 138.6 only by transformers' default, which quantises pre_classifier as well: 3 bytes less
 # for each of 768 * 768 weights. The toolkit leaves the head in float32: 140.4.

@@ -12,6 +12,7 @@ from pico import pico_cache
 
 from toolkit.config.chain import names_recipe, recipe_before
 from toolkit.config.load import load_recipe, recipe_schema
+from toolkit.data.pairs import load_rows
 from toolkit.finetune import finetune
 
 __all__ = ["pico_cache"]
@@ -33,7 +34,7 @@ def test_there_are_recipes_for_the_whole_ladder():
         "gpt2_lora_fa", "gpt2_lora_last_blocks", "gpt2_adalora", "gpt2_vera", "gpt2_ia3", "gpt2_prefix",
         "gpt2_ln_tuning", "distilbert_gradual", "distilbert_bias", "distilbert_qdora_4bit", "distilbert_ia3",
         "distilbert_full_layer_decay", "distilbert_sentiment_npy", "gpt2_medium_qlora", "gpt2_mini", "distilbert_mini",
-        "gpt2_sms", "gpt2_adapted",
+        "gpt2_sms", "gpt2_adapted", "gpt2_instruction_lora", "gpt2_instruction_qlora",
     }  # fmt: skip
 
 
@@ -67,8 +68,15 @@ def token_ids(tmp_path: Path) -> str:
     return str(tmp_path / "tokens.npy")
 
 
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"words {i}", "response": "some"}) + "\n" for i in range(60)))
+    return str(path)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_one_step_of_every_recipe(path, tmp_path, pico_cache, texts, token_ids):
+def test_one_step_of_every_recipe(path, tmp_path, pico_cache, texts, token_ids, pairs):
     recipe = load_recipe(path)
     named = f"{recipe.model.base} {recipe.model.offline_base}"
     family = "distilbert" if "distilbert" in named else "gpt2"
@@ -82,6 +90,8 @@ def test_one_step_of_every_recipe(path, tmp_path, pico_cache, texts, token_ids):
     ]  # fmt: skip
     if recipe.model.embeddings_from is not None:
         overrides.append("model.embeddings_from=null")
+    if recipe.objective == "instruction":
+        overrides += [f"data.source={pairs}", "instruction.template='{prompt}:'"]
     # The small models have two blocks.
     if recipe.method.name == "gradual":
         overrides.append("method.blocks=2")
@@ -106,6 +116,15 @@ def test_accelerate_reads_every_launch_configuration(path):
     config = load_config_from_file(str(path))
     assert config.num_processes >= 1
     assert config.mixed_precision == "no"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data").iterdir()), ids=name_of)
+def test_the_data_of_a_recipe_can_be_read(path):
+    users = [recipe for recipe in map(load_recipe, RECIPES) if recipe.data.source == f"recipes/data/{path.name}"]
+    assert users
+    for recipe in users:
+        settings = recipe.data.model_copy(update={"source": str(path)})
+        assert not load_rows(settings, objective=recipe.objective).warnings
 
 
 def test_the_readme_lists_every_recipe():

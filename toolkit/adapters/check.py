@@ -42,7 +42,7 @@ def read_adapter_config(folder: Path, *, family: Family) -> dict[str, Any]:
     if problems:
         raise AdapterError(problems)
     known = {key: settings[key] for key in ARGUMENTS[kind] if key in settings}
-    return known | {"modules_to_save": list(family.head), "peft_type": kind}
+    return known | {"modules_to_save": list(family.head) or None, "peft_type": kind}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ STEPS_UNKNOWN = 1 << 30
 
 
 def peft_config(method: AdapterMethod, family: Family, *, base_name: str, blocks: int, seed: int = 0) -> PeftConfig:
-    """Return peft's config for a sequence classifier.
+    """Return peft's config for a sequence classifier, or a causal language model where the family has no head.
 
     Args:
         method: The recipe's `method` section.
@@ -50,9 +50,9 @@ def peft_config(method: AdapterMethod, family: Family, *, base_name: str, blocks
         LnTuningMethod: peft.LNTuningConfig,
     }[type(method)]
     return config_class(
-        task_type=peft.TaskType.SEQ_CLS,
+        task_type=peft.TaskType.SEQ_CLS if family.head else peft.TaskType.CAUSAL_LM,
         base_model_name_or_path=base_name,
-        modules_to_save=list(family.head),
+        modules_to_save=list(family.head) or None,
         **own,
     )
 
@@ -62,7 +62,7 @@ def _own(method: AdapterMethod, family: Family, *, blocks: int, seed: int) -> di
     if isinstance(method, PrefixMethod):
         return {"num_virtual_tokens": method.num_virtual_tokens}
     # DistilBERT's head layers are plain Linear: without this a user's pattern could adapt and train them both.
-    apart = {"exclude_modules": list(family.head)}
+    apart = {"exclude_modules": list(family.head) or None}
     if isinstance(method, LnTuningMethod):
         return {"target_modules": list(family.norms)} | apart
     targets = target_modules(method, family)

@@ -65,12 +65,13 @@ def _rules(settings: Mapping[str, Any], family: Family) -> dict[str, Rule]:
     # peft reads the pattern as a regular expression too.
     stem = family.blocks.rpartition(".")[2]
     pattern = stem if settings.get("layers_to_transform") else None
+    task = "SEQ_CLS" if family.head else "CAUSAL_LM"
     share: Rule = (_is_share, "a number from 0 to below 1")
     size: Rule = (_is_size, "a whole number above 0")
     above: Rule = (_is_positive, "a number above 0")
     flag: Rule = (lambda value: value is None or type(value) is bool, "true or false")
     return {
-        "task_type": (lambda value: value == "SEQ_CLS", "SEQ_CLS"),
+        "task_type": (lambda value: value == task, task),
         "r": size,
         "num_virtual_tokens": size,
         "lora_alpha": above,
@@ -89,8 +90,8 @@ def _rules(settings: Mapping[str, Any], family: Family) -> dict[str, Rule]:
         "layers_to_transform": (lambda value: value is None or _is_numbers(value), "null or a list of block numbers"),
         "layers_pattern": (lambda value: value == pattern, f"{stem} with layers_to_transform, else null"),
         "modules_to_save": (
-            lambda value: is_names(value) and _keeps_head(value, family),
-            f"the head: {', '.join(family.head)}",
+            lambda value: (is_names(value) and _keeps_head(value, family)) if family.head else not value,
+            f"the head: {', '.join(family.head)}" if family.head else "null: a language model has no head to save",
         ),
     }
 

@@ -24,7 +24,7 @@ from toolkit.adapters.kinds import FROM_BASE
 from toolkit.adapters.methods import unmatched_targets
 from toolkit.durable import write_file_atomically
 from toolkit.errors import AdapterError, Problem, ToolkitError
-from toolkit.families import Family, family_of
+from toolkit.families import Family, family_of_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +73,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
     """
     from peft import set_peft_model_state_dict
 
-    family = family_of(model.config)
+    family = family_of_model(model)
     settings = read_adapter_config(folder, family=family)
     tensors = read_adapter_tensors(folder)
     _check_targets(model, settings, family=family, where=str(folder / CONFIG))
@@ -150,7 +150,7 @@ def _prove_head(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse to save an adapter whose head would be lost, or is not the one that trained."""
     # A prefix leaves the model as it is; the other adapters put a tuner around it.
     inside = "base_model" if model.active_peft_config.is_prompt_learning else "base_model.model"
-    for path in family_of(model.config).head:
+    for path in family_of_model(model.get_base_model()).head:
         wrapper = model.get_base_model().get_submodule(path)
         for name, parameter in wrapper.modules_to_save["default"].named_parameters():
             saved = tensors.get(f"{inside}.{path}.{name}")
@@ -165,8 +165,9 @@ def _config_dict(model: Any) -> dict[str, Any]:
         if isinstance(value, set):
             settings[key] = sorted(value)
     # PeftModelForSequenceClassification appends its own two guesses, "classifier" and "score".
-    head = family_of(model.config).head
-    settings["modules_to_save"] = [name for name in dict.fromkeys(settings["modules_to_save"]) if name in head]
+    head = family_of_model(model.get_base_model()).head
+    kept = [name for name in dict.fromkeys(settings["modules_to_save"] or ()) if name in head]
+    settings["modules_to_save"] = kept or None
     settings["inference_mode"] = True
     if not settings["base_model_name_or_path"]:
         raise ToolkitError("the adapter names no base model")

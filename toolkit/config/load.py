@@ -176,7 +176,7 @@ def _fill_in(data: dict[str, Any], *, name: str) -> None:
         data.setdefault("method", {"name": "full"})
     rows = data.get("data")
     numbers = isinstance(rows, dict) and rows.get("problem_type") == "regression"
-    if numbers or data.get("objective") == "language_modeling":
+    if numbers or data.get("objective") in ("language_modeling", "instruction"):
         evaluation = data.setdefault("evaluation", {})
         if isinstance(evaluation, dict):
             evaluation.setdefault("metric", "loss")

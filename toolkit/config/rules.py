@@ -1,15 +1,12 @@
-"""Rules between fields of a recipe, as one table; all that are broken are reported."""
+"""Rules between fields of a recipe, as tables; all that are broken are reported."""
 
 from __future__ import annotations
 
 from toolkit.config.label_rules import LABEL_RULES
+from toolkit.config.language_rules import LANGUAGE_RULES
 from toolkit.config.methods import AdaloraMethod, GradualMethod, LoraMethod, leaves_adapter
 from toolkit.config.rule import Rule as Rule
-from toolkit.config.schema import LossSettings, Recipe
-
-
-def _is_lm(recipe: Recipe) -> bool:
-    return recipe.objective == "language_modeling"
+from toolkit.config.schema import Recipe
 
 
 def _is_variant(recipe: Recipe, variant: str) -> bool:
@@ -140,44 +137,14 @@ RULES = (
         "model.random_init: true, or embeddings_from: null",
     ),
     Rule(
-        ("method",),
-        lambda r: _is_lm(r) and r.method.name != "full",
-        "language_modeling trains every weight",
-        "leave method out",
-    ),
-    Rule(
-        ("model", "head"),
-        lambda r: _is_lm(r) and r.model.head is not None,
-        "language_modeling classifies nothing",
-        "leave head out",
-    ),
-    Rule(
-        ("data", "balance"),
-        lambda r: _is_lm(r) and (r.data.balance is not None or r.data.labels is not None),
-        "language_modeling has no labels",
-        "leave balance and labels out",
-    ),
-    Rule(
-        ("training", "loss"),
-        lambda r: _is_lm(r) and r.training.loss != LossSettings(),
-        "language_modeling has no labels to weigh",
-        "leave loss out",
-    ),
-    Rule(
         ("training", "loss", "label_smoothing"),
         lambda r: r.training.loss.focal_gamma > 0 and r.training.loss.label_smoothing > 0,
         "a focal loss looks at one label, and smoothing spreads it",
         "label_smoothing: 0, or focal_gamma: 0",
-    ),
-    Rule(
-        ("evaluation", "metric"),
-        lambda r: _is_lm(r) and r.evaluation.metric != "loss",
-        "language_modeling is judged by its loss",
-        "evaluation.metric: loss",
     ),
 )
 
 
 def broken_rules(recipe: Recipe) -> list[Rule]:
     """Return every rule that ``recipe`` breaks, in the order of the tables."""
-    return [rule for rule in (*RULES, *LABEL_RULES) if rule.broken(recipe)]
+    return [rule for rule in (*RULES, *LABEL_RULES, *LANGUAGE_RULES) if rule.broken(recipe)]

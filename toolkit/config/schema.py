@@ -13,6 +13,9 @@ from toolkit.config.methods import LoraMethod as LoraMethod
 from toolkit.config.methods import Method as Method
 from toolkit.config.section import Fraction, Name, PositiveFloat, PositiveInt, Section, Seed
 
+# Where a template takes the prompt.
+PROMPT = "{prompt}"
+
 
 def _label_text(value: object) -> object:
     """Read the label 0 of `labels: [0, 1]` as the text it has in a data file."""
@@ -121,6 +124,10 @@ class DataSettings(Section):
     )
     label_separator: Annotated[str, Field(min_length=1)] = Field(
         default="|", description="Between the labels of a list in csv and tsv; a JSON list needs none."
+    )
+    prompt_column: Name = Field(default="prompt", description="Column of the prompt; objective instruction alone.")
+    response_column: Name = Field(
+        default="response", description="Column of the response; objective instruction alone."
     )
     labels: Annotated[list[Label], Field(min_length=2)] | None = Field(
         default=None, description="Label names in id order; null takes the sorted names found."
@@ -259,6 +266,15 @@ class LanguageModelingSettings(Section):
     )
 
 
+class InstructionSettings(Section):
+    """Settings of objective instruction alone."""
+
+    template: Annotated[str, Field(min_length=1, max_length=10_000)] = Field(
+        default="### Instruction:\n{prompt}\n\n### Response:\n",
+        description="What stands around a prompt, in the place of {prompt}; the response follows right behind it.",
+    )
+
+
 class PrecisionTarget(Section):
     """A wish for the decision threshold."""
 
@@ -310,8 +326,10 @@ class OutputSettings(Section):
 class Recipe(Section):
     """A whole run. Every key has a default but `model.base` and the data."""
 
-    objective: Literal["classification", "language_modeling"] = Field(
-        default="classification", description="language_modeling (causal or masked) needs no labels and no method."
+    objective: Literal["classification", "language_modeling", "instruction"] = Field(
+        default="classification",
+        description="language_modeling (causal or masked) needs no labels and no method; instruction trains GPT-2 to "
+        "answer prompts: pairs of texts, the loss on responses alone.",
     )
     model: ModelSettings
     data: DataSettings
@@ -319,5 +337,6 @@ class Recipe(Section):
     quantization: QuantizationSettings | None = Field(default=None, description="null: full-precision weights.")
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     language_modeling: LanguageModelingSettings = Field(default_factory=LanguageModelingSettings)
+    instruction: InstructionSettings = Field(default_factory=InstructionSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     output: OutputSettings = Field(default_factory=OutputSettings)

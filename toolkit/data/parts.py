@@ -26,12 +26,14 @@ class Part:
         labels: Label ids, int64, shape (rows,); with several labels a text uint8 (rows, labels) of 0 and 1; numbers
             float32 (rows, targets); None without supervision.
         row_numbers: int64, shape (rows,), 0-based rows of the table the part was taken from.
+        responses: Arrow large_string, ``rows`` long, where ``texts`` are prompts; else None.
     """
 
     texts: pa.ChunkedArray | None
     token_ids: TokenTable | None
     labels: Targets | None
     row_numbers: NDArray[np.int64]
+    responses: pa.ChunkedArray | None = None
 
     def __len__(self) -> int:
         return len(self.row_numbers)

@@ -68,6 +68,7 @@ class ArtifactFacts(_Part):
         temperature: Logits are divided by it for calibrated probabilities; 1 where none was fitted.
         thresholds: Calibrated probability from which a label is given, by name; none where none was tuned.
         head: The head where it is the toolkit's own, as config.json holds it; None for a stock one.
+        template: What stood around the prompts of objective instruction, ``{prompt}`` in their place; else None.
     """
 
     kind: Literal["adapter", "model"]
@@ -82,6 +83,7 @@ class ArtifactFacts(_Part):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
     head: HeadSettings | None = None
+    template: str | None = None
 
 
 class Manifest(ArtifactFacts):

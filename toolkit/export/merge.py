@@ -24,7 +24,7 @@ from toolkit.export.stream import MAX_SHARD_BYTES, Read
 from toolkit.export.trained_base import check_settings, resolve_trained_base
 from toolkit.export.weights import MergedWeights
 from toolkit.models.base import Base
-from toolkit.models.load import classifier_config, load_classifier
+from toolkit.models.load import classifier_config, language_config, load_classifier, load_language_model
 from toolkit.models.stored import StoredTensors
 from toolkit.report.wording import OWN_HEAD
 from toolkit.runtime import return_freed_memory
@@ -80,7 +80,7 @@ def merge_adapter(
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> MergeReport:
-    """Write one standalone classifier, and prove that its logits are the trained ones.
+    """Write one standalone model, and prove that its logits are the trained ones.
 
     Stock transformers loads it, unless its head is the toolkit's own.
 
@@ -151,6 +151,8 @@ def _live(artifact: Artifact, base: Base) -> nn.Module:
     check_settings(artifact, base.family)
     manifest, blocks = artifact.manifest, base.config[base.family.layers_key]
     quantization = _quantization(manifest) if adapter else None
+    if manifest.template is not None:
+        return load_adapter(load_language_model(base, quantization=quantization, seed=0, device=CPU), artifact.folder)
     model = load_classifier(
         base,
         labels=tuple(manifest.labels),
@@ -169,10 +171,16 @@ def _quantization(manifest: Manifest) -> QuantizationSettings | None:
 
 
 def _skeleton(base: Base, manifest: Manifest) -> PreTrainedModel:
-    """Return the classifier without memory: names, shapes, layer types and config."""
-    config = classifier_config(base, labels=tuple(manifest.labels), problem_type=manifest.problem_type)
+    """Return the model without memory: names, shapes, layer types and config."""
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
-        model: PreTrainedModel = empty_classifier(config)
+        model: PreTrainedModel
+        if manifest.template is not None:
+            model = AutoModelForCausalLM.from_config(language_config(base))
+        else:
+            config = classifier_config(base, labels=tuple(manifest.labels), problem_type=manifest.problem_type)
+            model = empty_classifier(config)
     note_decision(model, manifest)
     return model
 

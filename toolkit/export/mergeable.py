@@ -17,16 +17,20 @@ def find_mergeable(source: pathlib.Path, output: pathlib.Path) -> Artifact:
         output: The folder to be made.
 
     Raises:
-        AdapterError: If there is no artifact, or it is merged already, is a language model, or
-            a prefix.
+        AdapterError: If there is no artifact, or it is merged already, is a language model without an adapter, or a
+            prefix.
         OutputError: If the output exists, lies in the input, or cannot be written.
     """
     artifact = find_artifact(source)
     where, manifest = str(artifact.folder), artifact.manifest
     if manifest.merge is not None:
         raise AdapterError(Problem(where, "merge", "is merged already", "the run that it was merged from"))
-    if not manifest.labels:
-        raise AdapterError(Problem(where, "labels", "a language model has no adapter to merge", "a classifier's run"))
+    if not manifest.labels and not (artifact.kind == "adapter" and manifest.template is not None):
+        raise AdapterError(
+            Problem(
+                where, "labels", "a language model has no adapter to merge", "the run of a classifier or an adapter"
+            )
+        )
     if manifest.method.get("name") == "prefix":
         wrong = "a prefix stands beside the weights and cannot be merged into them"
         raise AdapterError(Problem(where, "method", wrong, "load it with peft, or train lora"))

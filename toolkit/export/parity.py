@@ -19,9 +19,12 @@ from toolkit.data.batching import collate
 from toolkit.data.tokenize import Tokenizer
 from toolkit.errors import ToolkitError
 from toolkit.evaluation.evaluate import predict_logits
-from toolkit.families import family_of
-from toolkit.models.forward import CLASSIFIERS, classify
+from toolkit.export.model import tensor_shapes
+from toolkit.export.stream import Shapes
+from toolkit.families import family_of, family_of_model
+from toolkit.models.forward import CLASSIFIERS, classify, unwrapped
 from toolkit.models.headers import read_tensor_headers
+from toolkit.models.language import next_token_logits
 from toolkit.models.load import quiet_transformers, read_config
 from toolkit.models.quantize import dequantized_weight, is_quantized
 from toolkit.models.stored import StoredTensors
@@ -90,9 +93,11 @@ class Reference:
 
 def reference_logits(model: nn.Module, tokenizer: Tokenizer, *, max_length: int, bits: int | None) -> Reference:
     """Return the live model's logits on the probe texts; a quantised model is turned into float32 layers by it."""
+    # A language model answers with the token that follows a text.
+    answer = classify if family_of_model(unwrapped(model)).head else next_token_logits
 
     def run() -> NDArray[np.float32]:
-        return _probe(lambda batch: classify(model, batch), tokenizer, max_length=max_length)
+        return _probe(lambda batch: answer(model, batch), tokenizer, max_length=max_length)
 
     live = run()
     if bits is None:
@@ -124,11 +129,48 @@ def prove_parity(
         ToolkitError: If they differ by more than the bound, or its tokenizer reads a probe text differently.
     """
     _prove_tokenizer(folder, tokenizer, max_length=max_length)
-    found = _probe(padded_forward(exported_model(folder)), tokenizer, max_length=max_length)
+    found = _probe(_exported_forward(folder), tokenizer, max_length=max_length)
     bound = max(BOUNDS[dtype], QUANTISED_BOUND if reference.bits else 0.0)
     parity = _compare(found, reference, bound=bound)
     _check(parity, reference, dtype=dtype)
     return parity
+
+
+def _exported_forward(folder: pathlib.Path) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+    """Return what makes logits of a padded batch: (B, labels), or (B, vocabulary) of the token that follows a row."""
+    config = read_config(folder)
+    if config.architectures != ["GPT2LMHeadModel"]:
+        return padded_forward(exported_model(folder))
+    model = _language_model(folder, config)
+
+    def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        mask = batch["attention_mask"]
+        logits: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=mask).logits
+        return logits[torch.arange(len(mask)), mask.sum(1) - 1]
+
+    return run
+
+
+def _language_model(folder: pathlib.Path, config: Any) -> nn.Module:
+    """Return the language model that stock transformers makes of a folder, in float32.
+
+    Raises:
+        ToolkitError: If the folder's tensors are not exactly those that the model has.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        with torch.device("meta"):
+            _check_tensors(folder, tensor_shapes(AutoModelForCausalLM.from_config(config)))
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    return model.eval()
+
+
+def _check_tensors(folder: pathlib.Path, wanted: Shapes) -> None:
+    held = {name: info.shape for name, info in read_tensor_headers(folder).items()}
+    if wanted != held:
+        differ = sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name))
+        raise ToolkitError(f"{folder.name}: the model has other tensors: {', '.join(differ[:3])}")
 
 
 def padded_forward(model: Any) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
@@ -164,11 +206,7 @@ def exported_model(folder: pathlib.Path) -> nn.Module:
     with quiet_transformers(), torch.device("meta"):
         model = empty_classifier(read_config(folder))
     family = family_of(model.config)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    held = {name: info.shape for name, info in read_tensor_headers(folder).items()}
-    if wanted != held:
-        differ = sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name))
-        raise ToolkitError(f"{folder.name}: the model has other tensors: {', '.join(differ[:3])}")
+    _check_tensors(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     stored, blocks = StoredTensors(folder, family), model.config.to_dict()[family.layers_key]
     cpu = torch.device("cpu")
     stream_blocks(model, stored, family=family, count=blocks, device=cpu)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
@@ -12,8 +13,8 @@ from toolkit.adapters.configs import saved_settings
 from toolkit.config.methods import AdapterMethod
 from toolkit.config.schema import ModelSettings
 from toolkit.errors import AdapterError, Problem
-from toolkit.export.artifact import Artifact
-from toolkit.families import Family
+from toolkit.export.artifact import Artifact, Manifest
+from toolkit.families import Family, language_family
 from toolkit.models.base import Base, resolve_base
 
 logger = logging.getLogger(__name__)
@@ -34,10 +35,9 @@ def resolve_trained_base(artifact: Artifact, *, base: str | None = None, force: 
     """
     manifest = artifact.manifest
     if artifact.kind == "model":
-        return resolve_base(ModelSettings(base=str(artifact.folder), max_length=manifest.max_length))
-    found = resolve_base(
-        ModelSettings(base=base or _name(artifact), max_length=manifest.max_length, head=manifest.head)
-    )
+        return _as_trained(ModelSettings(base=str(artifact.folder), max_length=manifest.max_length), manifest)
+    settings = ModelSettings(base=base or _name(artifact), max_length=manifest.max_length, head=manifest.head)
+    found = _as_trained(settings, manifest)
     wanted = manifest.base.fingerprint
     if found.fingerprint == wanted:
         return found
@@ -46,6 +46,12 @@ def resolve_trained_base(artifact: Artifact, *, base: str | None = None, force: 
         raise AdapterError(Problem(str(artifact.folder), "base", wrong, "the base it was trained on"))
     logger.warning("%s: %s; going on because of force", artifact.folder, wrong)
     return found
+
+
+def _as_trained(settings: ModelSettings, manifest: Manifest) -> Base:
+    """Return a base with the family that the run saw: a language model's has no head."""
+    found = resolve_base(settings)
+    return found if manifest.template is None else replace(found, family=language_family(found.family))
 
 
 def check_settings(artifact: Artifact, family: Family) -> None:

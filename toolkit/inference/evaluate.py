@@ -1,4 +1,4 @@
-"""A trained classifier measured on a labelled file."""
+"""A trained model measured on a file: a classifier on labels, one that answers prompts on responses."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 from toolkit.data.labels import LabelMap
 from toolkit.data.load import load_part
+from toolkit.data.pairs import read_pairs
 from toolkit.data.targets import TargetFormat
 from toolkit.evaluation.figures import all_figures
 from toolkit.export.artifact import Manifest, find_artifact
+from toolkit.inference.generate import Generator
 from toolkit.inference.predict import Classifier, check_classifies
 
 
@@ -64,3 +66,39 @@ def _targets(manifest: Manifest, column: str | None, separator: str) -> TargetFo
         return TargetFormat(column=column or "label")
     columns = () if column is not None else tuple(manifest.labels)
     return TargetFormat(manifest.problem_type, column or "label", columns, separator)
+
+
+def answers(path: str | pathlib.Path) -> bool:
+    """Return whether a trained model answers prompts.
+
+    Raises:
+        AdapterError: If there is no trained model at ``path``.
+    """
+    return find_artifact(path).manifest.template is not None
+
+
+def evaluate_answers(
+    path: str | pathlib.Path,
+    data: str,
+    *,
+    prompt_column: str = "prompt",
+    response_column: str = "response",
+    batch_size: int = 32,
+    device: str = "auto",
+) -> dict[str, float]:
+    """Return the loss and perplexity of a file's responses under what an ``instruction`` run trained.
+
+    Args:
+        path: As for ``evaluate``.
+        data: A csv, tsv, jsonl or parquet file, or a hub id.
+        prompt_column: Column of the prompt.
+        response_column: Column of the response.
+        batch_size: Pairs computed at once.
+        device: ``auto``, or a torch device.
+
+    Raises:
+        DataError: If the data cannot be read exactly, or a prompt leaves no room for a response.
+        AdapterError: If there is no such model at ``path``.
+    """
+    pairs = read_pairs(data, prompt_column=prompt_column, response_column=response_column)
+    return Generator.load(path, device=device).judge(pairs, batch_size=batch_size)

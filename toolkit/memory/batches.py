@@ -20,43 +20,53 @@ def largest_micro_batches(
     training: TrainingSettings,
     *,
     target_share: float = 0.0,
+    targets: Lengths | None = None,
     classes: int = 0,
     labels: NDArray[Any] | None = None,
 ) -> list[MicroBatch]:
-    """Return the micro-batch with the most tokens and the one with the most attention weights (often the same).
+    """Return the micro-batches with the most tokens, attention weights and predicted tokens (often the same one).
 
     Args:
         lengths: Tokens of each training row, int64, shape (rows,).
         training: Seed, epochs or steps, batch size and accumulation; one process.
         target_share: Share of the tokens that a language model predicts.
+        targets: Tokens of each row that it predicts, int64, shape (rows,), where they are known.
         classes: Tokens its softmax runs over.
         labels: Label id of each training row; needed for balanced batches.
     """
     best: dict[str, tuple[int, Lengths]] = {}
+    counted = {"tokens": lengths, "squares": lengths * lengths} | ({} if targets is None else {"targets": targets})
     for order, starts in _epochs(lengths, training, labels):
-        for name, weights in (("tokens", lengths), ("squares", lengths * lengths)):
+        for name, weights in counted.items():
             totals = np.add.reduceat(weights[order], starts)
             at = int(totals.argmax())
             if name not in best or totals[at] > best[name][0]:
                 end = starts[at + 1] if at + 1 < len(starts) else len(order)
-                best[name] = int(totals[at]), lengths[order[starts[at] : end]]
-    return _distinct([chosen for _, chosen in best.values()], target_share=target_share, classes=classes)
+                best[name] = int(totals[at]), order[starts[at] : end]
+    chosen = [rows for _, rows in best.values()]
+    return _distinct(chosen, lengths, target_share=target_share, targets=targets, classes=classes)
 
 
 def largest_evaluation_batch(
-    lengths: Lengths, *, batch_size: int, target_share: float = 0.0, classes: int = 0
+    lengths: Lengths,
+    *,
+    batch_size: int,
+    target_share: float = 0.0,
+    targets: Lengths | None = None,
+    classes: int = 0,
 ) -> list[MicroBatch]:
     """Return the first batch of an evaluation, which takes the longest rows together; none without rows."""
     if not len(lengths):
         return []
-    return _distinct([np.sort(lengths)[::-1][:batch_size]], target_share=target_share, classes=classes)
+    longest = np.argsort(-lengths, kind="stable")[:batch_size]
+    return _distinct([longest], lengths, target_share=target_share, targets=targets, classes=classes)
 
 
 def largest_prefix_batch(lengths: Lengths, *, max_tokens: int) -> list[MicroBatch]:
     """Return the longest rows that one pass over the frozen blocks takes together."""
     longest = np.sort(lengths)[::-1]
     rows = max(1, min(len(longest), max_tokens // int(longest[0])))
-    return _distinct([longest[:rows]], target_share=0.0, classes=0)
+    return _distinct([np.arange(rows)], longest, target_share=0.0, targets=None, classes=0)
 
 
 def _epochs(
@@ -92,8 +102,13 @@ def _token_epochs(lengths: Lengths, training: TrainingSettings) -> Iterator[tupl
         epoch += 1
 
 
-def _distinct(chosen: list[Lengths], *, target_share: float, classes: int) -> list[MicroBatch]:
-    return sorted(
-        {MicroBatch.of(row.tolist(), targets=round(target_share * int(row.sum())), classes=classes) for row in chosen},
-        key=lambda batch: batch.tokens,
-    )
+def _distinct(
+    chosen: list[Lengths], lengths: Lengths, *, target_share: float, targets: Lengths | None, classes: int
+) -> list[MicroBatch]:
+    """Return the sizes of batches, given by their rows."""
+    found = set()
+    for rows in chosen:
+        own = lengths[rows]
+        predicted = round(target_share * int(own.sum())) if targets is None else int(targets[rows].sum())
+        found.add(MicroBatch.of(own.tolist(), targets=predicted, classes=classes))
+    return sorted(found, key=lambda batch: (batch.tokens, batch.targets))

@@ -75,7 +75,7 @@ def _prefix_caches(recipe: Recipe) -> list[PrefixCacheSettings]:
 
 def _quantizations(recipe: Recipe) -> list[QuantizationSettings | None]:
     current = recipe.quantization
-    allowed = leaves_adapter(recipe.method) and not recipe.model.random_init and recipe.objective == "classification"
+    allowed = leaves_adapter(recipe.method) and not recipe.model.random_init
     found: list[QuantizationSettings | None] = [current]
     for bits in (8, 4) if allowed else ():
         if bits < (32 if current is None else current.bits):
@@ -111,10 +111,11 @@ def alternatives(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     order = ["full", "lora", "last_n", "head"]
     # Other methods stand where they need as much memory.
     like = {"gradual": "full", "head": "head", "last_n": "last_n", "full": "full"}.get(recipe.method.name, "lora")
-    for text, method in methods if recipe.objective == "classification" else ():
+    for text, method in methods:
         smaller = order.index(method.name) > order.index(like)
-        if smaller and (method.name == "lora" or recipe.quantization is None):
-            yield text, recipe.model_copy(update={"method": method})
+        other = recipe.model_copy(update={"method": method})
+        if smaller and (method.name == "lora" or recipe.quantization is None) and not broken_rules(other):
+            yield text, other
     length = recipe.model.max_length // 2
     while length >= 16:
         model = recipe.model.model_copy(update={"max_length": length})

@@ -1,6 +1,7 @@
 """The forward pass of each family over sizes: the operations of ``models.flat``, in its order, on a tape.
 
-A language model runs stock transformers' forward instead; its rows are blocks of one length: nothing is padding.
+A language model of running text runs stock transformers' forward instead; its rows are blocks of one length: nothing is
+padding.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class DryRun:
         if shape.family.final_norm:
             trained = self.setting.training and shape.norm_trains
             hidden = self.layers.then(hidden, self.layers.norm(hidden, trained=trained))
-        if shape.objective == "language_modeling":
+        if shape.objective != "classification":
             return self._token_loss(hidden)
         return self._classify(self.layers.then(hidden, self.layers.pool(hidden)))
 
@@ -111,8 +112,9 @@ class DryRun:
         own = (shape.head * FULL,) if self.setting.training and shape.head else ()
         tape.part = "logits"
         size = batch.targets * batch.classes * FULL
-        table = (batch.classes * shape.width * FULL,) if self.setting.training else ()
-        logits = tape.record(size, (chosen,), saves=(chosen,), parameters=own + table)
+        trained = self.setting.training and shape.embeddings_train
+        table = (batch.classes * shape.width * FULL,) if trained else ()
+        logits = tape.record(size, (chosen,), saves=(chosen,) if trained else (), parameters=own + table)
         tape.free(chosen)
         if self.setting.low_precision:
             logits = self.layers.then(logits, tape.record(size, (logits,)))

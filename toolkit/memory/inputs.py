@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.config.schema import Recipe
-from toolkit.data.load import load_data
-from toolkit.data.parts import Part
+from toolkit.data.pairs import PairTable, encode_pairs, load_rows
+from toolkit.data.parts import LoadedData, Part
 from toolkit.data.tokenize import Tokenizer, load_tokenizer
+from toolkit.data.tokens import TokenTable
 from toolkit.errors import InputError, Problem
 from toolkit.models.base import Base, resolve_base
 
@@ -30,6 +31,8 @@ class Inputs:
         train: Tokens of each training row, or block of running text, before ``max_length``.
         validation: The same of validation.
         train_labels: Label of each training row, for balanced batches.
+        train_targets: Tokens of each training row that carry loss; None where all do, or a fixed share.
+        validation_targets: The same of validation.
     """
 
     base: Base
@@ -37,6 +40,8 @@ class Inputs:
     train: Lengths
     validation: Lengths
     train_labels: NDArray[Any] | None = None
+    train_targets: Lengths | None = None
+    validation_targets: Lengths | None = None
 
 
 def read_sizes(recipe: Recipe) -> Inputs:
@@ -45,17 +50,36 @@ def read_sizes(recipe: Recipe) -> Inputs:
     Raises:
         InputError: If the data or the base are wrong.
     """
-    classifies = recipe.objective == "classification"
-    data = load_data(recipe.data, supervised=classifies)
+    classifies, answers = recipe.objective == "classification", recipe.objective == "instruction"
+    data = load_rows(recipe.data, objective=recipe.objective)
     # A base without its weights is enough, as for a run from random ones.
     base = resolve_base(recipe.model.model_copy(update={"random_init": True}))
     tokenizer = load_tokenizer(base.path, kind=base.family.tokenizer)
+    if answers:
+        return _pairs(recipe, data, base, tokenizer)
     train, validation = (
         _lengths(part, tokenizer, recipe=recipe) if classifies else _blocks(part, tokenizer, recipe=recipe)
         for part in (data.train, data.validation)
     )
     labels = len(data.label_map.names) if data.label_map else 2
     return Inputs(base=base, labels=labels, train=train, validation=validation, train_labels=data.train.labels)
+
+
+def _pairs(recipe: Recipe, data: LoadedData, base: Base, tokenizer: Tokenizer) -> Inputs:
+    template, longest = recipe.instruction.template, recipe.model.max_length
+    train, validation = (
+        encode_pairs(data.parts[name], tokenizer, template=template, max_length=longest, name=name)
+        for name in ("train", "validation")
+    )
+    return pair_inputs(base, train.table, validation.table)
+
+
+def pair_inputs(base: Base, train: TokenTable, validation: TokenTable) -> Inputs:
+    """Return the sizes of prompts with responses; both tables are ``PairTable``."""
+    assert isinstance(train, PairTable)
+    assert isinstance(validation, PairTable)
+    lengths = {"train": train.lengths, "validation": validation.lengths}
+    return Inputs(base, 2, **lengths, train_targets=train.targets, validation_targets=validation.targets)
 
 
 def _lengths(part: Part, tokenizer: Tokenizer, *, recipe: Recipe) -> Lengths:

@@ -91,7 +91,7 @@ class Layers:
         """Return whether ``packing.attend`` pads the rows again: on CUDA where its flash kernel does not serve."""
         plain = not self.setting.training or self.shape.dropout[2] == 0
         varlen = plain and self.setting.low_precision
-        return self.setting.device == "cuda" and self.shape.objective == "classification" and not varlen
+        return self.setting.device == "cuda" and self.shape.objective != "language_modeling" and not varlen
 
     def _attend_padded(self, parts: tuple[Value, ...], *, single: bool) -> Value:
         """Attend in one call on padded copies of queries, keys and values; CUDA kernels draw dropout again instead."""

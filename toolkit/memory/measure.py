@@ -14,7 +14,7 @@ from toolkit.data.parts import LoadedData
 from toolkit.data.tokens import TokenTable
 from toolkit.memory.estimate import Estimate
 from toolkit.memory.framework import FRAMEWORK
-from toolkit.memory.inputs import Inputs
+from toolkit.memory.inputs import Inputs, pair_inputs
 from toolkit.memory.predict import predict
 from toolkit.models.base import Base
 from toolkit.report.run_record import MemoryRecord, PhaseRecord
@@ -105,6 +105,9 @@ def predict_run(
     device = accelerator.device.type
     if accelerator.num_processes > 1 or device not in FRAMEWORK:
         return None
+    if recipe.objective == "instruction":
+        inputs = pair_inputs(base, tables["train"], tables["validation"])
+        return predict(recipe, inputs, device=device, found=found["rss"])
     lengths = {name: table.lengths.astype(np.int64) for name, table in tables.items()}
     labels = len(data.label_map.names) if data.label_map else 2
     inputs = Inputs(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from toolkit.config.schema import Recipe
+from toolkit.data.pairs import TARGETS_AT_ONCE
 from toolkit.memory.batches import largest_evaluation_batch, largest_micro_batches, largest_prefix_batch
 from toolkit.memory.estimate import Estimate, estimate
 from toolkit.memory.framework import framework_bytes
@@ -34,20 +37,33 @@ def predict(recipe: Recipe, inputs: Inputs, *, device: str, found: int | None = 
     """
     longest = recipe.model.max_length
     masked = inputs.base.family.tokenizer == "wordpiece"
-    spoken = recipe.objective == "language_modeling"
+    spoken = recipe.objective != "classification"
     share = (recipe.language_modeling.mask_probability if masked else 1.0) if spoken else 0.0
     vocabulary = int(inputs.base.config["vocab_size"])
-    classes = min(recipe.language_modeling.target_tokens or vocabulary, vocabulary) if spoken else 0
+    wanted = recipe.language_modeling.target_tokens if recipe.objective == "language_modeling" else None
+    classes = min(wanted or vocabulary, vocabulary) if spoken else 0
     train, validation = (np.minimum(lengths, longest) for lengths in (inputs.train, inputs.validation))
     shape = model_shape(inputs.base.config, recipe, labels=inputs.labels)
     return estimate(
         shape,
         batches=largest_micro_batches(
-            train, recipe.training, target_share=share, classes=classes, labels=inputs.train_labels
+            train,
+            recipe.training,
+            target_share=share,
+            targets=inputs.train_targets,
+            classes=classes,
+            labels=inputs.train_labels,
         ),
-        evaluation=largest_evaluation_batch(
-            validation, batch_size=EVALUATION_BATCH, target_share=share, classes=classes
-        ),
+        evaluation=[
+            _in_pieces(batch, recipe)
+            for batch in largest_evaluation_batch(
+                validation,
+                batch_size=EVALUATION_BATCH,
+                target_share=share,
+                targets=inputs.validation_targets,
+                classes=classes,
+            )
+        ],
         training=recipe.training,
         quantization=recipe.quantization,
         device=device,
@@ -59,6 +75,13 @@ def predict(recipe: Recipe, inputs: Inputs, *, device: str, found: int | None = 
         embedding_on_disk=embedding_on_disk(recipe, device=device),
         framework=framework_bytes(recipe, device=device, found=found),
     )
+
+
+def _in_pieces(batch: MicroBatch, recipe: Recipe) -> MicroBatch:
+    """Return an evaluation's batch with as many predicted tokens as are held together."""
+    if recipe.objective != "instruction":
+        return batch
+    return replace(batch, targets=min(batch.targets, TARGETS_AT_ONCE))
 
 
 def _prefix(recipe: Recipe, shape: ModelShape, lengths: Lengths, *, device: str) -> list[MicroBatch]:

@@ -68,7 +68,7 @@ class ModelShape:
     """
 
     family: Family
-    objective: Literal["classification", "language_modeling"]
+    objective: Literal["classification", "language_modeling", "instruction"]
     width: int
     inner: int
     heads: int
@@ -111,7 +111,7 @@ class ModelShape:
     def head(self) -> int:
         """Elements of the head; a language model's output weights are its embeddings."""
         square = self.width * self.width + self.width
-        if self.objective == "language_modeling":
+        if self.objective != "classification":
             return 0 if self.family.tokenizer == "bpe" else square + 2 * self.width + self.vocabulary
         if self.family.own_head:
             return sum((before + 1) * after for before, after in self.head_layers)
@@ -194,9 +194,9 @@ def model_shape(config: Mapping[str, Any], recipe: Recipe, *, labels: int) -> Mo
     inner = int(config.get(inner_key) or 4 * width)
     named = config.get(activation, ACTIVATION[family.model_type])
     method = recipe.method
-    # models.flat runs torch's kernel instead of a GPT-2 classifier's gelu_new; DistilBERT's MLP, language models and
-    # whatever stands behind a prefix run transformers' code.
-    flat = recipe.objective == "classification" and not isinstance(method, PrefixMethod)
+    # models.flat runs torch's kernel instead of a GPT-2's gelu_new; DistilBERT's MLP, language models of running text
+    # and whatever stands behind a prefix run transformers' code.
+    flat = recipe.objective != "language_modeling" and not isinstance(method, PrefixMethod)
     fuses = family.model_type == "gpt2" and flat
     targeted = method if isinstance(method, TargetedMethod) else None
     layered = method if isinstance(method, LayeredMethod) else None

@@ -31,7 +31,7 @@ Tensor = torch.Tensor
 
 
 def runs_flat(model: nn.Module) -> bool:
-    """Return whether ``pooled_states`` can run this classifier.
+    """Return whether ``pooled_states``, or ``token_states`` of a language model, can run this model.
 
     Not so where blocks are no longer the stock ones, as under FSDP, whose hooks sit on the blocks' own forward.
     """
@@ -60,6 +60,23 @@ def pooled_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
     ids, packing = pack(input_ids, attention_mask, pooling=family.pooling)
     [hidden] = _run(model, [flat.embed(model, ids, packing)], [packing], range(len(_blocks(model))))
     return _pooled(hidden, packing, family)
+
+
+def token_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+    """Return the last hidden states (P, width) of chosen tokens, as the stock padded forward has them to rounding.
+
+    Args:
+        model: A model that ``runs_flat``, its adapters inside its blocks.
+        input_ids: (B, T) int64, padded on the right.
+        attention_mask: (B, T), 1 for real tokens.
+        positions: (P,) int64, places of real tokens in B * T.
+    """
+    family, flat = _families(model)
+    ids, packing = pack(input_ids, attention_mask, pooling=family.pooling)
+    [hidden] = _run(model, [flat.embed(model, ids, packing)], [packing], range(len(_blocks(model))), pooled=False)
+    length = input_ids.shape[1]
+    rows = packing.row_of[positions // length]
+    return hidden.index_select(0, packing.bounds[rows] + positions % length)
 
 
 def prefix_states(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, blocks: int) -> list[Tensor]:
@@ -99,12 +116,17 @@ def suffix_states(model: nn.Module, states: Tensor, lengths: Tensor, *, blocks: 
     return _pooled(hidden, packing, family)
 
 
-def _run(model: nn.Module, hidden: list[Tensor], packings: list[Packing], numbers: range) -> list[Tensor]:
-    """Run each batch's states through consecutive blocks, and the final norm behind the last one of the model."""
+def _run(
+    model: nn.Module, hidden: list[Tensor], packings: list[Packing], numbers: range, *, pooled: bool = True
+) -> list[Tensor]:
+    """Run each batch's states through consecutive blocks, and the final norm behind the last one of the model.
+
+    Where they are ``pooled``, the last block answers for the one token that each row is classified by.
+    """
     family, flat = _families(model)
     blocks = _blocks(model)
     for number in numbers:
-        block, last = blocks[number], family.pools_one and number == len(blocks) - 1
+        block, last = blocks[number], pooled and family.pools_one and number == len(blocks) - 1
         recompute = block.gradient_checkpointing and block.training
         with _in_memory(model, number):
             for place, packing in enumerate(packings):
@@ -123,7 +145,8 @@ def _pooled(hidden: Tensor, packing: Packing, family: Family) -> Tensor:
 
 
 def _in_memory(model: Any, number: int) -> AbstractContextManager[None]:
-    streamed = model.streamed
+    # A language model is in memory as a whole.
+    streamed: Any = getattr(model, "streamed", None)
     within: bool = streamed is not None and number < streamed.count
     return streamed.loaded(number) if within else nullcontext()
 

@@ -1,4 +1,4 @@
-"""The language models' two halves: hidden states, and a softmax over chosen tokens."""
+"""The language models' two halves: hidden states, and logits over all tokens or over chosen ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
+
+from toolkit.models.flat import runs_flat, token_states
+from toolkit.models.forward import unwrapped
 
 
 def language_model_hidden(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -22,6 +25,39 @@ def language_model_hidden(model: Any, batch: dict[str, torch.Tensor]) -> torch.T
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **extra
     ).last_hidden_state
     return hidden
+
+
+def chosen_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the last hidden states (P, width) of chosen tokens of a causal model, without padding where it can.
+
+    Args:
+        model: ``GPT2LMHeadModel``, or peft's wrapper of one.
+        batch: ``input_ids`` and ``attention_mask``, (B, T) each, padded on the right, and ``positions`` (P,), places of
+            real tokens in B * T.
+    """
+    body = unwrapped(model)
+    if runs_flat(body):
+        return token_states(body, batch["input_ids"], batch["attention_mask"], batch["positions"])
+    hidden = language_model_hidden(body, batch)
+    return hidden.reshape(-1, hidden.shape[-1])[batch["positions"]]
+
+
+def next_token_logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the logits (B, vocabulary), float32, of the token that follows each row.
+
+    Args:
+        model: As for ``chosen_states``.
+        batch: ``input_ids`` and ``attention_mask``, (B, T) each, padded on the right.
+    """
+    rows, length = batch["input_ids"].shape
+    last = torch.arange(rows, device=batch["input_ids"].device) * length + batch["attention_mask"].sum(1) - 1
+    states = chosen_states(model, {**batch, "positions": last})
+    return project_all(model, states).float()
+
+
+def project_all(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Return a causal model's logits (N, vocabulary) of hidden states (N, width)."""
+    return functional.linear(hidden, unwrapped(model).lm_head.weight)
 
 
 def project_tokens(model: Any, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from toolkit.config.schema import ProblemType, QuantizationSettings
-from toolkit.families import OWN_HEAD, Family
+from toolkit.families import OWN_HEAD, Family, language_family
 from toolkit.models.base import Base
 from toolkit.models.headers import parse_json
 from toolkit.models.heads import own_head, plain_config
@@ -101,7 +101,13 @@ def load_classifier(
 
 
 def load_language_model(
-    base: Base, *, seed: int, random_init: bool = False, device: torch.device, dtype: torch.dtype = torch.float32
+    base: Base,
+    *,
+    quantization: QuantizationSettings | None = None,
+    seed: int,
+    random_init: bool = False,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """Load a base with its language-modelling head: causal for GPT-2, masked for DistilBERT.
 
@@ -109,6 +115,7 @@ def load_language_model(
 
     Args:
         base: From `resolve_base`.
+        quantization: How frozen weights of GPT-2's blocks are stored, or None; not with `random_init`.
         seed: Of weights that the base does not hold.
         random_init: Take only the base's shape.
         device: Where the model is put.
@@ -119,13 +126,14 @@ def load_language_model(
 
     Raises:
         ModelError: Body tensors are missing, unexpected, of the wrong shape or not finite.
+        CapabilityError: The quantisation cannot run on the device.
     """
     import transformers
 
+    check_quantization(quantization, device.type)
     names = {"gpt2": transformers.GPT2LMHeadModel, "distilbert": transformers.DistilBertForMaskedLM}
     model_class = names[base.family.model_type]
-    config = _base_config(base)
-    vars(config).pop(OWN_HEAD, None)
+    config = language_config(base)
     with quiet_transformers(), torch.random.fork_rng(devices=_cuda_devices()):
         torch.manual_seed(seed)
         if random_init:
@@ -133,8 +141,24 @@ def load_language_model(
         else:
             check_tensors(base, _meta(model_class, config), head=False)
             check_finite(base.path)
-            model = model_class.from_pretrained(base.path, config=config, local_files_only=True, dtype=dtype)
-    return _finish(model.to(device), base)
+            if quantization is None:
+                model = model_class.from_pretrained(base.path, config=config, local_files_only=True, dtype=dtype)
+            else:
+                model = _quantized(_meta(model_class, config), base, quantization, device=device, dtype=dtype)
+    return _finish(model.to(device) if quantization is None else model, base)
+
+
+def _quantized(
+    model: Any, base: Base, quantization: QuantizationSettings, *, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """Give a causal language model on the meta device its weights, those of its blocks quantised."""
+    family = language_family(base.family)
+    layers = QuantizedLayers(model, bitsandbytes_config(quantization, family, dtype), device)
+    stored = StoredTensors(base.path, family)
+    load_body(model, stored, family=family, device=device, dtype=dtype, store=layers.store)
+    # The output layer is the token embedding.
+    model.tie_weights()
+    return layers.finish()
 
 
 def classifier_config(base: Base, *, labels: tuple[str, ...], problem_type: ProblemType) -> PretrainedConfig:
@@ -169,6 +193,13 @@ def seed_head(model: nn.Module, family: Family, *, seed: int) -> None:
                 spread = (2 / drawn.shape[1]) ** 0.5 if name.startswith("hidden.") else std
                 drawn.normal_(std=spread, generator=generator)
             parameter.data = drawn.to(parameter.device)
+
+
+def language_config(base: Base) -> PretrainedConfig:
+    """Return the base's transformers config for a language model, which has no head of a classifier."""
+    config = _base_config(base)
+    vars(config).pop(OWN_HEAD, None)
+    return config
 
 
 def _base_config(base: Base) -> PretrainedConfig:

@@ -51,13 +51,15 @@ def bitsandbytes_config(
 
     Args:
         settings: Bits and code.
-        family: Its head is skipped; by default transformers would quantise DistilBERT's two head layers.
+        family: Its head is skipped (a language model's is its embedding); by default
+            transformers would quantise DistilBERT's two head layers.
         compute_dtype: What 4-bit layers multiply in; 8-bit layers follow their input.
     """
     from transformers import BitsAndBytesConfig
 
     quieten_bitsandbytes()
-    skip = list(family.head)
+    # A language model's output layer is its token embedding.
+    skip = list(family.head) or ["lm_head"]
     if settings.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(
@@ -119,7 +121,7 @@ def prepare_quantized(model: PreTrainedModel) -> PreTrainedModel:
     unquantised part (154 MB of GPT-2's 200 MB), and switches checkpointing on.
 
     Args:
-        model: A classifier with bitsandbytes layers.
+        model: A model with bitsandbytes layers.
 
     Returns:
         The same model: every parameter frozen.

@@ -33,6 +33,7 @@ METRICS = {
 # What turns logits into answers, as a stock pipeline picks it by config.json.
 HEADS = {"single_label_classification": "softmax", "multi_label_classification": "sigmoid", "regression": "none"}
 OUTPUTS = {"softmax": ".softmax(-1)", "sigmoid": ".sigmoid()", "none": ""}
+HEAD_LAYERS = ("score", "pre_classifier", "classifier")
 LANGUAGE_TASKS = {"gpt2": "text-generation", "distilbert": "fill-mask"}
 
 
@@ -78,6 +79,8 @@ def loading_snippet(record: RunRecord) -> str:
     """Return Python that loads the artifact, with stock libraries if they can, to be run inside the run folder."""
     folder, base = record["artifact"]["folder"], record["base"]
     labels = record["data"]["labels"]
+    if record["artifact"].get("template") is not None:
+        return _answer_snippet(record)
     if not labels:
         kind = "AutoModelForCausalLM" if base["model_type"] == "gpt2" else "AutoModelForMaskedLM"
         return _lines(
@@ -101,6 +104,33 @@ def loading_snippet(record: RunRecord) -> str:
             f'print(classify(["A text to classify"], truncation=True, max_length={record["artifact"]["max_length"]}))',
         )
     return _adapter_snippet(record)
+
+
+def _answer_snippet(record: RunRecord) -> str:
+    base, adapter = record["base"]["name_or_path"], record["artifact"]["kind"] == "adapter"
+    folder, quantised = json.dumps(record["artifact"]["folder"]), record["quantization"]
+    source = json.dumps(base, ensure_ascii=False) if adapter else folder
+    template = json.dumps(record["artifact"]["template"], ensure_ascii=False)
+    return _lines(
+        "import torch",
+        *(["from peft import PeftModel"] if adapter else []),
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if quantised else ''}",
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({folder})",
+        "model = AutoModelForCausalLM.from_pretrained(",
+        f"    {source},",
+        "    dtype=torch.float32,",
+        *_quantization_lines(quantised, skip=("lm_head",)),
+        ")",
+        *([f"model = PeftModel.from_pretrained(model, {folder})"] if adapter else []),
+        "",
+        f"template = {template}",
+        'prompt = tokenizer(template.replace("{prompt}", "A prompt"), return_tensors="pt")',
+        "ids = model.eval().generate(",
+        "    **prompt, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id",
+        ")",
+        'print(tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
+    )
 
 
 def _adapter_snippet(record: RunRecord) -> str:
@@ -142,7 +172,7 @@ def _adapter_snippet(record: RunRecord) -> str:
     )
 
 
-def _quantization_lines(quantization: dict[str, Any] | None) -> list[str]:
+def _quantization_lines(quantization: dict[str, Any] | None, *, skip: tuple[str, ...] = HEAD_LAYERS) -> list[str]:
     if quantization is None:
         return []
     arguments = ["load_in_8bit=True"]
@@ -154,7 +184,7 @@ def _quantization_lines(quantization: dict[str, Any] | None) -> list[str]:
             "bnb_4bit_compute_dtype=torch.float32",
         ]
     # Without the skip list stock transformers would quantise DistilBERT's head as well.
-    arguments.append('llm_int8_skip_modules=["score", "pre_classifier", "classifier"]')
+    arguments.append(f"llm_int8_skip_modules={json.dumps(skip)}")
     return [
         "    quantization_config=BitsAndBytesConfig(",
         *(f"        {argument}," for argument in arguments),

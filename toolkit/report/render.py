@@ -63,7 +63,7 @@ def _shared(record: RunRecord, recipe: str) -> dict[str, Any]:
     test = metrics["test"] if record["data"]["labels"] else None
     # A language model is judged by its loss, on the test part where there is one.
     language = None if record["data"]["labels"] else metrics["test"] or metrics["validation"]
-    method = wording.method_sentence(record["method"])
+    method = wording.method_sentence(record["method"], head=bool(record["data"]["labels"]))
     numbers = test if record["problem_type"] == "regression" else None
     test = None if numbers else test
     several = record["problem_type"] == "multi_label_classification"
@@ -73,6 +73,7 @@ def _shared(record: RunRecord, recipe: str) -> dict[str, Any]:
         "record": record,
         "recipe": recipe,
         "labels": record["data"]["labels"],
+        "answers": record["objective"] == "instruction",
         "test": test,
         "several": several,
         "numbers": numbers,

@@ -52,12 +52,14 @@ class ArtifactRecord(TypedDict):
         folder: Its name inside the run folder.
         max_length: Tokens of a text the model reads; the rest is cut off.
         head: Pooling, hidden widths, activation and dropout of a head that stock transformers lacks; else null.
+        template: What stood around the prompts of objective instruction; null elsewhere.
     """
 
     kind: Literal["adapter", "model"]
     folder: str
     max_length: int
     head: Mapping[str, Any] | None
+    template: str | None
 
 
 class OriginRecord(TypedDict):
@@ -211,7 +213,7 @@ class RunRecord(TypedDict):
     format: int
     name: str
     status: str
-    objective: Literal["classification", "language_modeling"]
+    objective: Literal["classification", "language_modeling", "instruction"]
     problem_type: str
     created: str
     base: BaseRecord

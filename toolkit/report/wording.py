@@ -82,16 +82,17 @@ def method_name(method: Mapping[str, Any]) -> str:
     return METHODS[name][0] if name in METHODS else str(name)
 
 
-def method_sentence(method: Mapping[str, Any]) -> str:
-    """Return what was trained and what stayed frozen, as a clause."""
+def method_sentence(method: Mapping[str, Any], *, head: bool = True) -> str:
+    """Return what was trained and what stayed frozen, as a clause; without a ``head``, of a language model."""
     name = method["name"]
     if name == "lora":
         targets = method.get("target_modules", "auto")
         where = targets if isinstance(targets, str) else ", ".join(targets)
         variant = VARIANTS.get(method.get("variant", "lora"), "LoRA")
+        also = "and the classification head " if head else ""
         return (
-            f"{variant} adapters, pairs of small matrices of rank {method['r']} added to the base's own weights, and "
-            f"the classification head were trained; the base stayed frozen (alpha {method['lora_alpha']:g}, dropout "
+            f"{variant} adapters, pairs of small matrices of rank {method['r']} added to the base's own weights, "
+            f"{also}were trained; the base stayed frozen (alpha {method['lora_alpha']:g}, dropout "
             f"{method['lora_dropout']:g}, target modules: {where})"
         )
     if name == "last_n":
@@ -169,10 +170,10 @@ def summary(record: RunRecord) -> str:
         "multi_label_classification": f"to find which of {len(labels)} labels a text has",
         "regression": "to predict numbers",
     }.get(record["problem_type"], f"to tell {len(labels)} labels apart")
-    return (
-        f"{base}, fine-tuned with {method_name(record['method'])}{stored} on {data} "
-        f"{purpose}: {_joined(labels[:8])}{' …' if len(labels) > 8 else ''}."
-    )
+    tuned = f"{base}, fine-tuned with {method_name(record['method'])}{stored} on"
+    if record["objective"] == "instruction":
+        return f"{tuned} {rows['train']:,} pairs of {_joined(names)} to answer prompts."
+    return f"{tuned} {data} {purpose}: {_joined(labels[:8])}{' …' if len(labels) > 8 else ''}."
 
 
 def majority_share(counts: Mapping[str, int]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from toolkit.tasks.classification import ClassificationTask
+from toolkit.tasks.instruction import InstructionTask
 from toolkit.tasks.language_modeling import LanguageModelingTask
 from toolkit.tasks.task import Kind, Setup, Task
 
@@ -13,4 +14,6 @@ def build_task(setup: Setup) -> Task:
     """Return the task of the recipe's objective."""
     if setup.recipe.objective == "language_modeling":
         return LanguageModelingTask(setup)
+    if setup.recipe.objective == "instruction":
+        return InstructionTask(setup)
     return ClassificationTask(setup)

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from toolkit.data.batching import lm_blocks
+from toolkit.data.tokens import TokenTable
 from toolkit.evaluation.mistakes import Mistake
 from toolkit.models.base import resolve_folder
 from toolkit.models.forward import checkpoint_activations
@@ -19,6 +21,7 @@ from toolkit.tasks.task import EVALUATION_BATCH, Kind, Setup, tokenize_parts, wr
 from toolkit.training.gemm import use_gemm
 from toolkit.training.objectives import (
     LanguageModelingObjective,
+    Objective,
     frequent_tokens,
     mean_loss,
 )
@@ -27,10 +30,56 @@ from toolkit.training.objectives import (
 WHOLE_TEXT = 1 << 30
 
 
-class LanguageModelingTask:
-    """A causal or masked language model trained on text alone."""
+class LanguageTask:
+    """What language models share: they are judged by their loss, and classify nothing."""
 
     prefix_cache: PrefixCacheRecord | None = None
+    tables: dict[str, TokenTable]
+    model: Any
+    _accelerator: Accelerator
+
+    def validate(self) -> dict[str, float]:
+        """Return the loss (nats per predicted token) and the perplexity of the validation rows."""
+        with self._accelerator.autocast():
+            return self._figures("validation")
+
+    def judge(self, part: str) -> dict[str, Any]:
+        """Return the loss and the perplexity of one part."""
+        return dict(self._figures(part))
+
+    def _objective(self, part: str) -> Objective:
+        raise NotImplementedError
+
+    def _figures(self, part: str) -> dict[str, float]:
+        objective = self._objective(part)
+        rows = np.arange(len(self.tables[part]), dtype=np.int64)
+        was_training = self.model.training
+        self.model.eval()
+        batches = [
+            objective.batch(rows[start : start + EVALUATION_BATCH], step=0)
+            for start in range(0, len(rows), EVALUATION_BATCH)
+        ]
+        loss = mean_loss(
+            objective, batches, prepare=lambda batch: {k: v.to(self._accelerator.device) for k, v in batch.items()}
+        )
+        self.model.train(was_training)
+        return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
+
+    def baselines(self) -> None:
+        """Return None: nothing is classified."""
+        return
+
+    def mistakes(self) -> list[Mistake]:
+        """Return nothing: a language model has no labels to miss."""
+        return []
+
+    def predictions(self) -> None:
+        """Return None: nothing is classified."""
+        return
+
+
+class LanguageModelingTask(LanguageTask):
+    """A causal or masked language model trained on text alone."""
 
     def __init__(self, setup: Setup) -> None:
         recipe, data, base, tokenizer = setup.recipe, setup.data, setup.base, setup.tokenizer
@@ -85,42 +134,6 @@ class LanguageModelingTask:
             pad_id=self._tokenizer.pad_id,
             seed=self._recipe.training.seed,
         )
-
-    def validate(self) -> dict[str, float]:
-        """Return the loss (nats per predicted token) and the perplexity of the validation blocks."""
-        with self._accelerator.autocast():
-            return self._figures("validation")
-
-    def judge(self, part: str) -> dict[str, Any]:
-        """Return the loss and the perplexity of one part."""
-        return dict(self._figures(part))
-
-    def _figures(self, part: str) -> dict[str, float]:
-        objective = self._objective(part)
-        rows = np.arange(len(self.tables[part]), dtype=np.int64)
-        was_training = self.model.training
-        self.model.eval()
-        batches = [
-            objective.batch(rows[start : start + EVALUATION_BATCH], step=0)
-            for start in range(0, len(rows), EVALUATION_BATCH)
-        ]
-        loss = mean_loss(
-            objective, batches, prepare=lambda batch: {k: v.to(self._accelerator.device) for k, v in batch.items()}
-        )
-        self.model.train(was_training)
-        return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
-
-    def baselines(self) -> None:
-        """Return None: nothing is classified."""
-        return
-
-    def mistakes(self) -> list[Mistake]:
-        """Return nothing: a language model has no labels to miss."""
-        return []
-
-    def predictions(self) -> None:
-        """Return None: nothing is classified."""
-        return
 
     def save(self, folder: pathlib.Path) -> Kind:
         """Write the language model as stock transformers loads it."""

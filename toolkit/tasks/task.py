@@ -101,12 +101,18 @@ class Task(Protocol):
 def tokenize_parts(data: LoadedData, tokenizer: Tokenizer, *, max_length: int) -> tuple[dict[str, TokenTable], int]:
     """Return the token table of every part, and how many texts were cut; training texts are let go."""
     encoded = {name: _encode(part, tokenizer, max_length=max_length) for name, part in data.parts.items()}
+    truncated = note_truncation(data, encoded, max_length=max_length)
+    return {name: part.table for name, part in encoded.items()}, truncated
+
+
+def note_truncation(data: LoadedData, encoded: dict[str, Encoded], *, max_length: int) -> int:
+    """Return how many texts were cut, with a warning of each part's; training texts are let go."""
     for name, part in encoded.items():
         if warning := part.warning(part=name, max_length=max_length):
             data.warnings.append(warning)
     # Nobody reads these again: 110 MiB of 2 million short texts. Those of the test rows are shown in the report.
-    data.train.texts = data.validation.texts = None
-    return {name: part.table for name, part in encoded.items()}, sum(part.truncated for part in encoded.values())
+    data.train.texts = data.validation.texts = data.train.responses = data.validation.responses = None
+    return sum(part.truncated for part in encoded.values())
 
 
 def _encode(part: Part, tokenizer: Tokenizer, *, max_length: int) -> Encoded:
@@ -164,4 +170,5 @@ def artifact_facts(
         temperature=decision.temperature,
         thresholds=dict(decision.thresholds),
         head=HeadSettings(**described) if labels and (described := own_head(base.head, base.config)) else None,
+        template=recipe.instruction.template if recipe.objective == "instruction" else None,
     )
