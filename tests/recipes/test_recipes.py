@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,11 @@ from pico import pico_cache
 
 from toolkit.config.chain import names_recipe, recipe_before
 from toolkit.config.load import load_recipe, recipe_schema
+from toolkit.config.schema import ModelSettings
 from toolkit.data.pairs import load_rows
+from toolkit.data.tokenize import load_tokenizer
 from toolkit.finetune import finetune
+from toolkit.models.base import resolve_base
 
 __all__ = ["pico_cache"]
 
@@ -133,3 +138,18 @@ def test_the_readme_lists_every_recipe():
         assert f"({path.relative_to(ROOT)})" in text, path
     for path in ACCELERATE:
         assert f"`{path.stem}`" in text, path
+
+
+def test_the_shape_of_gpt2_has_its_size_and_tokenizer(tmp_path):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path / "shape"
+    script = ROOT.parent / "scripts" / "make_gpt2_shape.py"
+    subprocess.run([sys.executable, str(script), str(folder)], cwd=ROOT.parent, check=True, stdout=subprocess.DEVNULL)
+    base = resolve_base(ModelSettings(base=str(folder), max_length=1024, random_init=True))
+    assert load_tokenizer(base.path, kind=base.family.tokenizer).vocab_size == 50257
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    # The published count of GPT-2's parameters.
+    assert model.num_parameters() == 124_439_808

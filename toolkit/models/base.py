@@ -128,7 +128,8 @@ def _resolve_chained(settings: ModelSettings, before: Recipe) -> Base:
         same = {"base": before.model.base, "offline_base": before.model.offline_base}
         random = settings.random_init or before.model.random_init
         found = resolve_base(settings.model_copy(update=same | {"random_init": random}))
-    return replace(found, requested=settings.base)
+    # Whether a stand-in serves is that run's to say.
+    return replace(found, requested=settings.base, offline=False)
 
 
 def resolve_folder(name: str, *, field: str) -> Path:
