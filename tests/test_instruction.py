@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as functional
 from pico import pico_cache
 from safetensors.torch import load_file
+from trained import build_run
 
 from toolkit import runtime
 from toolkit.cli import main
 from toolkit.config.load import load_recipe
+from toolkit.config.schema import HeadMethod
 from toolkit.data.pairs import PairTable
 from toolkit.data.tokenize import load_tokenizer
 from toolkit.errors import DataError, InputError, RecipeError
@@ -282,6 +284,27 @@ def test_generation_is_that_of_stock_transformers(trained):
     assert torch.equal(torch.random.get_rng_state(), state)
     others = {own.generate("see you 6", max_new_tokens=8, sampling=Sampling(2.0, seed=seed)) for seed in range(4)}
     assert len(others) > 1
+
+
+def test_a_language_model_goes_on_with_a_text_as_it_is(write, tmp_path, capsys):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"see you at the station {i}\n" for i in range(40)))
+    changes = ["objective=language_modeling", "method={name: full}", f"data.source={texts}", "training.max_steps=2"]
+    finetune(load_recipe(write(), changes))
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "run"), "see you", "--max-new-tokens", "5"]) == 0
+    model, tokenizer = stock(tmp_path / "run")
+    ids = model.generate(**tokenizer("see you", return_tensors="pt"), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert capsys.readouterr().out == tokenizer.decode(ids[0, -5:], skip_special_tokens=True) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("family", "line"), [("gpt2", "a classifier does not write"), ("distilbert", "does not write")]
+)
+def test_a_classifier_is_asked_nothing(tmp_path, pico_cache, capsys, family, line):
+    run = build_run(tmp_path / "run", pico_cache(family), method=HeadMethod(name="head"))
+    assert main(["generate", str(run), "hello"]) == 2
+    assert line in capsys.readouterr().err
 
 
 def test_generation_stops_at_the_end_of_text(trained):

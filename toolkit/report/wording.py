@@ -172,7 +172,7 @@ def summary(record: RunRecord) -> str:
     }.get(record["problem_type"], f"to tell {len(labels)} labels apart")
     tuned = f"{base}, fine-tuned with {method_name(record['method'])}{stored} on"
     if record["objective"] == "instruction":
-        return f"{tuned} {rows['train']:,} pairs of {_joined(names)} to answer prompts."
+        return f"{tuned} {rows['train']:,} prompts with their responses of {_joined(names)}."
     return f"{tuned} {data} {purpose}: {_joined(labels[:8])}{' …' if len(labels) > 8 else ''}."
 
 
