@@ -294,8 +294,10 @@ def test_a_language_model_goes_on_with_a_text_as_it_is(write, tmp_path, capsys):
     capsys.readouterr()
     assert main(["generate", str(tmp_path / "run"), "see you", "--max-new-tokens", "5"]) == 0
     model, tokenizer = stock(tmp_path / "run")
-    ids = model.generate(**tokenizer("see you", return_tensors="pt"), max_new_tokens=5, do_sample=False, pad_token_id=0)
-    assert capsys.readouterr().out == tokenizer.decode(ids[0, -5:], skip_special_tokens=True) + "\n"
+    prompt = tokenizer("see you", return_tensors="pt")
+    ids = model.generate(**prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    expected = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert capsys.readouterr().out == expected + "\n"
 
 
 @pytest.mark.parametrize(
