@@ -11,10 +11,10 @@ from toolkit.config.methods import HeadMethod as HeadMethod
 from toolkit.config.methods import LastNMethod as LastNMethod
 from toolkit.config.methods import LoraMethod as LoraMethod
 from toolkit.config.methods import Method as Method
+from toolkit.config.objectives import PROMPT as PROMPT
+from toolkit.config.objectives import InstructionSettings as InstructionSettings
+from toolkit.config.objectives import LanguageModelingSettings as LanguageModelingSettings
 from toolkit.config.section import Fraction, Name, PositiveFloat, PositiveInt, Section, Seed
-
-# Where a template takes the prompt.
-PROMPT = "{prompt}"
 
 
 def _label_text(value: object) -> object:
@@ -252,27 +252,6 @@ class TrainingSettings(Section):
         """Return how many of a model's blocks, from the first, are recomputed in the backward pass."""
         wanted = self.gradient_checkpointing
         return (blocks if wanted else 0) if isinstance(wanted, bool) else min(wanted, blocks)
-
-
-class LanguageModelingSettings(Section):
-    """Settings of objective language_modeling alone."""
-
-    mask_probability: float = Field(
-        default=0.15, gt=0, lt=1, description="Share of tokens predicted by a masked model (DistilBERT)."
-    )
-    target_tokens: PositiveInt | None = Field(
-        default=None,
-        description="Softmax over this many most frequent tokens; positions whose target is rarer carry no loss.",
-    )
-
-
-class InstructionSettings(Section):
-    """Settings of objective instruction alone."""
-
-    template: Annotated[str, Field(min_length=1, max_length=10_000)] = Field(
-        default="### Instruction:\n{prompt}\n\n### Response:\n",
-        description="What stands around a prompt, in the place of {prompt}; the response follows right behind it.",
-    )
 
 
 class PrecisionTarget(Section):
