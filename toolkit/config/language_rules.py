@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from toolkit.config.methods import FullMethod, LoraMethod
+from toolkit.config.objectives import PROMPT
 from toolkit.config.rule import Rule
-from toolkit.config.schema import PROMPT, LossSettings, Recipe
+from toolkit.config.schema import LossSettings, Recipe
 
 
 def _is_lm(recipe: Recipe) -> bool:

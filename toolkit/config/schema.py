@@ -11,7 +11,6 @@ from toolkit.config.methods import HeadMethod as HeadMethod
 from toolkit.config.methods import LastNMethod as LastNMethod
 from toolkit.config.methods import LoraMethod as LoraMethod
 from toolkit.config.methods import Method as Method
-from toolkit.config.objectives import PROMPT as PROMPT
 from toolkit.config.objectives import InstructionSettings as InstructionSettings
 from toolkit.config.objectives import LanguageModelingSettings as LanguageModelingSettings
 from toolkit.config.section import Fraction, Name, PositiveInt, Section, Seed

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from toolkit.config.schema import PROMPT, DataSettings
+from toolkit.config.objectives import PROMPT
+from toolkit.config.schema import DataSettings
 from toolkit.data.load import load_data
 from toolkit.data.parts import LoadedData, Part
 from toolkit.data.rows import Rows

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from toolkit.config.schema import PROMPT, QuantizationSettings
+from toolkit.config.objectives import PROMPT
+from toolkit.config.schema import QuantizationSettings
 from toolkit.data.pairs import PairTable, encode_pairs
 from toolkit.data.parts import Part
 from toolkit.data.tokenize import Tokenizer, load_tokenizer
