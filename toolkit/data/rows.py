@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from toolkit.data.labels import LabelColumn
+from toolkit.data.spool import TextSpool
 from toolkit.data.tokens import TokenTable
 from toolkit.errors import DataError, Problem
 
@@ -97,11 +98,10 @@ def _take(texts: pa.ChunkedArray, indices: NDArray[np.int64]) -> pa.ChunkedArray
     # Chunk by chunk: a take of the whole would first copy all chunks into one.
     starts = np.cumsum([0, *(len(chunk) for chunk in texts.chunks)])
     cuts = np.searchsorted(indices, starts)
-    taken = [
-        chunk.take(pa.array(indices[low:high] - start))
-        for chunk, start, low, high in zip(texts.chunks, starts, cuts, cuts[1:], strict=False)
-    ]
-    return pa.chunked_array(taken, type=texts.type)
+    taken = TextSpool()
+    for chunk, start, low, high in zip(texts.chunks, starts, cuts, cuts[1:], strict=False):
+        taken.add(chunk.take(pa.array(indices[low:high] - start)))
+    return taken.column()
 
 
 def string_array(values: list[str]) -> pa.LargeStringArray:
@@ -162,7 +162,7 @@ class RowBuilder:
         self._labels = array("i")
         self._others: dict[str, tuple[dict[str, int], array[int]]] = {name: ({}, array("i")) for name in others}
         self._lines = array("q")
-        self._chunks: list[pa.Array] = []
+        self._spool = TextSpool()
         self._open: list[str] = []
         self._characters = 0
 
@@ -196,7 +196,7 @@ class RowBuilder:
 
     def _close_chunk(self) -> None:
         try:
-            self._chunks.append(string_array(self._open))
+            self._spool.add(string_array(self._open))
         except UnicodeEncodeError:
             lines = self._lines[-len(self._open) :]
             for text, line in zip(self._open, lines, strict=True):
@@ -217,7 +217,7 @@ class RowBuilder:
         if not self._lines:
             raise DataError(Problem(where, "", "there are no rows", "at least one row of data"))
         labels = LabelColumn(tuple(self._codes), np.frombuffer(self._labels, dtype=np.int32)) if self._codes else None
-        texts = pa.chunked_array(self._chunks, type=pa.large_string())
+        texts = self._spool.column()
         others = {
             name: LabelColumn(tuple(codes), np.frombuffer(column, dtype=np.int32))
             for name, (codes, column) in self._others.items()
