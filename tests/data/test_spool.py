@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from toolkit.data import rows, spool
 from toolkit.data.load import load_data
 from toolkit.data.rows import string_array
 from toolkit.data.spool import TextSpool
-from toolkit.errors import OutputError
+from toolkit.errors import DataError, OutputError
 
 WriteFile = Callable[[str, "bytes | str"], str]
 
@@ -87,6 +88,7 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(OutputError, match=r"bytes free.*bytes needed"):
         TextSpool().add(string_array(["long " * 100]))
+    full.close()
 
 
 def test_without_a_folder_texts_stay_in_memory(
@@ -101,3 +103,15 @@ def test_without_a_folder_texts_stay_in_memory(
     assert len(collected.column()) == 3
     assert [record.message for record in caplog.records] == [caplog.records[0].message]
     assert "texts stay in memory" in caplog.text
+
+
+def test_a_table_that_is_refused_half_way_leaves_no_open_file(
+    write: WriteFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "MEMORY_BYTES", 500)
+    monkeypatch.setattr(rows, "CHUNK_ROWS", 10)
+    path = write("a.csv", "text,label\n" + "".join(f"text {i},a\n" for i in range(200)) + ",b\n")
+    with pytest.raises(DataError, match="the text is empty"):
+        load_data(DataSettings(source=path))
+    gc.collect()
+    assert mapped_bytes() == 0

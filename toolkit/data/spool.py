@@ -31,6 +31,11 @@ class TextSpool:
         self._file: IO[bytes] | None = None
         self._writer: Any = None
 
+    def __del__(self) -> None:
+        # Of a table that was refused half-way.
+        if self._file is not None:
+            self._file.close()
+
     def add(self, chunk: pa.Array) -> None:
         """Append a chunk of large_string.
 
