@@ -83,9 +83,8 @@ def test_a_table_is_read_and_cut_alike(write: WriteFile, monkeypatch: pytest.Mon
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="wants a device that is full")
 def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spool, "MEMORY_BYTES", 100)
-    monkeypatch.setattr(
-        spool.tempfile, "TemporaryFile", lambda dir: os.fdopen(os.open("/dev/full", os.O_RDWR), "r+b", 0)
-    )
+    full = os.fdopen(os.open("/dev/full", os.O_RDWR), "r+b", 0)
+    monkeypatch.setattr(spool.tempfile, "TemporaryFile", lambda dir: full)
     with pytest.raises(OutputError, match=r"bytes free.*bytes needed"):
         TextSpool().add(string_array(["long " * 100]))
     full.close()

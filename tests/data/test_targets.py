@@ -128,10 +128,12 @@ def test_files_without_such_columns(write: WriteFile, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a \.npy file has no column 'labels'"):
         load_data(DataSettings(source=str(tmp_path / "a.npy"), **SEVERAL))
     path = write("a.csv", csv_of(["a", "b"]))
-    with pytest.raises(DataError, match=r"no column 'x'.*the columns are 'text', 'labels'"):
+    with pytest.raises(DataError, match=r"data.label_columns: no column 'x'.*the columns are 'text', 'labels'"):
         load_data(DataSettings(source=path, problem_type="regression", label_columns=["labels", "x"]))
     lines = write("b.jsonl", '{"text": "a", "labels": null}\n{"text": "b"}\n{"text": "c", "labels": ["a"]}')
-    with pytest.raises(DataError, match=r"b.jsonl:1: labels: null.*\n.*b.jsonl:2: data: no column 'labels'"):
+    with pytest.raises(
+        DataError, match=r"b.jsonl:1: labels: null.*\n.*b.jsonl:2: data.label_column: no column 'labels'"
+    ):
         load_data(DataSettings(source=lines, **SEVERAL))
 
 

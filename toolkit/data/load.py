@@ -99,7 +99,7 @@ def load_part(where: str, *, text_column: str, targets: TargetFormat, label_map:
     Raises:
         DataError: It cannot be read exactly, or has a label the model does not know.
     """
-    rows, origin = read_rows(where, text_column=text_column, label_column=targets.label_column, others=targets.others)
+    rows, origin = read_rows(where, text_column=text_column, label_column=targets.label_column, others=targets.fields)
     return Part.from_rows(rows, targets.encode(rows, label_map), np.arange(len(rows))), origin
 
 
@@ -109,8 +109,8 @@ def _read_tables(settings: DataSettings, supervised: bool) -> tuple[dict[str, _T
     if given["train"] is None:
         raise DataError(Problem("", "data.train", "no data", "data.source or data.train"))
     targets = TargetFormat.of(settings)
-    label, others = (targets.label_column, targets.others) if supervised else (None, ())
-    further = {name: (*others, *split_columns(settings, name)) for name in PARTS}
+    label, others = (targets.label_column, targets.fields) if supervised else (None, {})
+    further = {name: {**others, **split_columns(settings, name)} for name in PARTS}
     read: dict[str, tuple[Rows, Origin]] = {}
     problems: list[Problem] = []
     for name, where in given.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,8 @@ CHUNK_ROWS = 65_536
 CHUNK_CHARACTERS = 16_000_000
 
 
+# Without further columns; else each has the recipe's field that names it.
+NONE: Mapping[str, str] = MappingProxyType({})
 # Rows up to which plain lists are as quick as Arrow's take, which brings in pyarrow.compute: 0.1 s of start-up.
 SMALL_TABLE = 20_000
 
@@ -153,7 +156,7 @@ class RowBuilder:
     """
 
     def __init__(
-        self, problems: ProblemList, *, text_column: str, label_column: str | None, others: Sequence[str] = ()
+        self, problems: ProblemList, *, text_column: str, label_column: str | None, others: Iterable[str] = ()
     ) -> None:
         self._problems = problems
         self._text_column = text_column
@@ -241,9 +244,10 @@ def too_many_labels(where: str, field: str) -> None:
     raise DataError(Problem(where, field, f"more than {MAX_LABELS} different labels", "is this the label column?"))
 
 
-def wanted_columns(text: str | None, label: str | None, others: Iterable[str] = ()) -> list[tuple[str, str]]:
+def wanted_columns(text: str | None, label: str | None, others: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return pairs of the recipe's field and the column it names, for ``missing_columns``."""
-    named = [("data.text_column", text), ("data.label_column", label), *(("data", name) for name in others)]
+    named = [("data.text_column", text), ("data.label_column", label)]
+    named += [(field, name) for name, field in others.items()]
     return [(field, column) for field, column in named if column is not None]
 
 
