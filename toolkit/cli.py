@@ -181,7 +181,7 @@ def predict(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
     debug: Debug = False,
 ) -> None:
-    """Classify texts; prints one JSON line each: text, label, scores."""
+    """Classify texts; prints one JSON line each: text with label and scores, labels and scores, or values."""
     from toolkit.inference.predict import predict_lines
 
     for line in predict_lines(model, source, text_column=text_column, batch_size=batch_size):

@@ -75,7 +75,7 @@ def test_a_row_without_a_group_and_a_group_in_two_files(write: WriteFile) -> Non
         DataError, match=r"b.csv: data.split.group_column: 1 groups of data.train .*data.test, 'y' first"
     ):
         load_data(DataSettings(train=train, test=test, split={"group_column": "author"}))
-    with pytest.raises(DataError, match="no column 'thread'"):
+    with pytest.raises(DataError, match=r"data.split.group_column: no column 'thread'"):
         load_data(DataSettings(source=path, split={"group_column": "thread"}))
 
 

@@ -36,3 +36,13 @@ def test_class_ids_become_names() -> None:
 def test_offline_hub_id_is_a_data_error() -> None:
     with pytest.raises(DataError, match=r"nobody/nothing: data\.source: the data set cannot be loaded"):
         read_hub_dataset("nobody/nothing", text_column="text", label_column="label")
+
+
+def test_lists_of_class_ids_become_lists_of_names() -> None:
+    labels = datasets.Sequence(datasets.ClassLabel(names=["joy", "anger", "fear"]))
+    features = datasets.Features({"text": datasets.Value("string"), "labels": labels})
+    dataset = datasets.Dataset.from_dict({"text": ["a", "b"], "labels": [[2, 0], []]}, features=features)
+    rows = rows_of_dataset(
+        dataset, "o/n", text_column="text", label_column=None, others={"labels": "data.label_column"}
+    )
+    assert [rows.others["labels"][row] for row in range(2)] == ['["fear", "joy"]', "[]"]

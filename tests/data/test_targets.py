@@ -128,10 +128,12 @@ def test_files_without_such_columns(write: WriteFile, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a \.npy file has no column 'labels'"):
         load_data(DataSettings(source=str(tmp_path / "a.npy"), **SEVERAL))
     path = write("a.csv", csv_of(["a", "b"]))
-    with pytest.raises(DataError, match=r"no column 'x'.*the columns are 'text', 'labels'"):
+    with pytest.raises(DataError, match=r"data.label_columns: no column 'x'.*the columns are 'text', 'labels'"):
         load_data(DataSettings(source=path, problem_type="regression", label_columns=["labels", "x"]))
     lines = write("b.jsonl", '{"text": "a", "labels": null}\n{"text": "b"}\n{"text": "c", "labels": ["a"]}')
-    with pytest.raises(DataError, match=r"b.jsonl:1: labels: null.*\n.*b.jsonl:2: data: no column 'labels'"):
+    with pytest.raises(
+        DataError, match=r"b.jsonl:1: labels: null.*\n.*b.jsonl:2: data.label_column: no column 'labels'"
+    ):
         load_data(DataSettings(source=lines, **SEVERAL))
 
 
@@ -165,7 +167,12 @@ def test_strata() -> None:
     assert strata(np.array([2, 0, 1])).tolist() == [2, 0, 1]
 
 
-def test_one_text_with_two_label_sets_is_warned_of(write: WriteFile) -> None:
-    rows = [f"text {i},{'|'.join(row)}" for i, row in enumerate(SETS)] + ["text 1,spam"]
-    data = load_data(DataSettings(source=write("a.csv", "text,labels\n" + "\n".join(rows)), **SEVERAL))
-    assert any("occur with two labels" in warning for warning in data.warnings)
+def test_texts_with_two_label_sets_are_listed(write: WriteFile) -> None:
+    rows = [f"text {i},{'|'.join(row)}" for i, row in enumerate(SETS)]
+    rows += ["text 6,urgent|ham", "text 1,spam", "text 6,ham|urgent", "text 1,spam"]
+    path = write("a.csv", "text,labels\n" + "\n".join(rows))
+    assert load_data(DataSettings(source=path, **SEVERAL)).warnings == [
+        f"{path}: text: 4 of 44 rows repeat an earlier text",
+        f"{path}:3: label: 1 texts occur with two labels or more (one label for a text)",
+        f"{path}:3: label: 'ham|urgent' here, 'spam' in {path}:43",
+    ]

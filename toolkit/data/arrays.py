@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tokenize
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from toolkit.data.labels import LabelColumn
 from toolkit.data.rows import (
     MAX_CHARACTERS,
     MAX_LABELS,
+    NONE,
     ProblemList,
     Rows,
     missing_columns,
@@ -32,7 +34,7 @@ NPY_ERRORS = (ValueError, EOFError, OSError, SyntaxError, RecursionError, tokeni
 
 
 def read_parquet(
-    path: Path, where: str, *, text_column: str, label_column: str | None, others: tuple[str, ...] = ()
+    path: Path, where: str, *, text_column: str, label_column: str | None, others: Mapping[str, str] = NONE
 ) -> Rows:
     """Read columns of a parquet file; row i counts as line i + 1.
 
@@ -54,7 +56,7 @@ def read_parquet(
 
 
 def rows_of_table(
-    table: pa.Table, where: str, *, text_column: str, label_column: str | None, others: tuple[str, ...] = ()
+    table: pa.Table, where: str, *, text_column: str, label_column: str | None, others: Mapping[str, str] = NONE
 ) -> Rows:
     """Return the text, label and other columns of an Arrow table as rows.
 

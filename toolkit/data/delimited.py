@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -25,14 +25,14 @@ class Columns:
         label: Column of the label; None reads no labels.
         header: Column names of a file that has no header line; None: the first line holds them.
         only: A column and the value it must have; other rows are passed over.
-        others: Further columns, kept as they are.
+        others: Further columns, kept as they are, each with the recipe's field that names it.
     """
 
     text: str
     label: str | None
     header: tuple[str, ...] | None = None
     only: tuple[str, str] | None = None
-    others: tuple[str, ...] = ()
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_csv(path: Path, where: str, columns: Columns) -> Rows:

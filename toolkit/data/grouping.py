@@ -58,10 +58,11 @@ def cut_rows(
     return {**{name: rest[places] for name, places in inner.items()}, "test": test}
 
 
-def split_columns(settings: DataSettings, part: str) -> tuple[str, ...]:
-    """Return the columns that the cut of the training table, or the check of all files, looks at."""
-    names = (settings.split.group_column, settings.split.time_column if part == "train" else None)
-    return tuple(name for name in names if name is not None)
+def split_columns(settings: DataSettings, part: str) -> dict[str, str]:
+    """Return the columns that the cut of the training table, or the check of all files, looks at, with their fields."""
+    group, time = settings.split.group_column, settings.split.time_column if part == "train" else None
+    named = ((group, "data.split.group_column"), (time, "data.split.time_column"))
+    return {name: field for name, field in named if name is not None}
 
 
 def left_out(rows: Rows, groups: Indices, split: Split) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import threading
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from toolkit.data.arrays import rows_of_table
 from toolkit.data.cache import offline
-from toolkit.data.rows import Origin, Rows, missing_columns, wanted_columns
+from toolkit.data.rows import NONE, Origin, Rows, missing_columns, wanted_columns
 from toolkit.errors import CapabilityError, DataError, Problem
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ SECONDS = 3.0
 
 
 def read_hub_dataset(
-    where: str, *, text_column: str, label_column: str | None, others: tuple[str, ...] = ()
+    where: str, *, text_column: str, label_column: str | None, others: Mapping[str, str] = NONE
 ) -> tuple[Rows, Origin]:
     """Read ``owner/name[:config][@split]``; without a split, ``train``.
 
@@ -56,7 +57,7 @@ def read_hub_dataset(
 
 
 def rows_of_dataset(
-    dataset: Dataset, where: str, *, text_column: str, label_column: str | None, others: tuple[str, ...] = ()
+    dataset: Dataset, where: str, *, text_column: str, label_column: str | None, others: Mapping[str, str] = NONE
 ) -> Rows:
     """Return the rows of a loaded data set; class ids become their class names.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from toolkit.data.files import bounded_lines, open_text
-from toolkit.data.rows import ProblemList, RowBuilder, Rows, missing_columns
+from toolkit.data.rows import NONE, ProblemList, RowBuilder, Rows, missing_columns
 
 
 class _DuplicateKey(ValueError):
@@ -29,7 +30,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
 def read_jsonl(
-    path: Path, where: str, *, text_column: str, label_column: str | None, others: tuple[str, ...] = ()
+    path: Path, where: str, *, text_column: str, label_column: str | None, others: Mapping[str, str] = NONE
 ) -> Rows:
     """Read JSON lines; texts are strings, labels strings or integers, other values are kept as their JSON.
 
@@ -47,7 +48,7 @@ def read_jsonl(
                 continue
             text = _string(record, text_column, number, problems, numbers=False)
             label = "" if label_column is None else _string(record, label_column, number, problems, numbers=True)
-            further = [_other(record, name, number, problems) for name in others]
+            further = [_other(record, name, field, number, problems) for name, field in others.items()]
             known = [value for value in further if value is not None]
             if text is not None and label is not None and len(known) == len(others):
                 builder.add(text, label, number, known)
@@ -87,13 +88,13 @@ def _string(record: dict[str, object], key: str, number: int, problems: ProblemL
     return None
 
 
-def _other(record: dict[str, object], key: str, number: int, problems: ProblemList) -> str | None:
+def _other(record: dict[str, object], key: str, field: str, number: int, problems: ProblemList) -> str | None:
     value = record.get(key)
     if value is not None:
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if key in record:
         problems.add(number, key, "null", "a value in every row")
-    for problem in missing_columns(problems.where, record, [("data", key)]):
+    for problem in missing_columns(problems.where, record, [(field, key)]):
         problems.add(number, problem.field, problem.wrong, problem.right)
     return None
 

@@ -24,7 +24,7 @@ from toolkit.data.splits import (
     save_split,
     undersample,
 )
-from toolkit.data.targets import TargetFormat, Targets, as_ids, check_targets, counts, strata
+from toolkit.data.targets import TargetFormat, Targets, check_targets, counts, strata
 from toolkit.errors import DataError, Problem
 
 __all__ = ["LoadedData", "Part", "load_data", "load_part"]
@@ -77,9 +77,8 @@ def load_data(settings: DataSettings, *, supervised: bool = True, split_file: Pa
         own = indices["train"]
         indices["train"] = own[oversample(main.labels[own], seed=settings.split.seed)]
     data = _assemble(settings, tables, indices, label_map, split)
-    ids = None if main.labels is None else as_ids(main.labels)
     spell = TargetFormat.of(settings).spell
-    data.warnings.extend(repeat_warnings(main.rows, groups, ids, spell=lambda row: spell(main.rows, row)))
+    data.warnings.extend(repeat_warnings(main.rows, groups, main.labels, spell=lambda row: spell(main.rows, row)))
     if settings.split.time_column is not None and split is not None and settings.duplicates != "allow":
         data.warnings.extend(left_out(main.rows, groups, split))
     _check_parts(data, settings, tables)
@@ -100,7 +99,7 @@ def load_part(where: str, *, text_column: str, targets: TargetFormat, label_map:
     Raises:
         DataError: It cannot be read exactly, or has a label the model does not know.
     """
-    rows, origin = read_rows(where, text_column=text_column, label_column=targets.label_column, others=targets.others)
+    rows, origin = read_rows(where, text_column=text_column, label_column=targets.label_column, others=targets.fields)
     return Part.from_rows(rows, targets.encode(rows, label_map), np.arange(len(rows))), origin
 
 
@@ -110,8 +109,8 @@ def _read_tables(settings: DataSettings, supervised: bool) -> tuple[dict[str, _T
     if given["train"] is None:
         raise DataError(Problem("", "data.train", "no data", "data.source or data.train"))
     targets = TargetFormat.of(settings)
-    label, others = (targets.label_column, targets.others) if supervised else (None, ())
-    further = {name: (*others, *split_columns(settings, name)) for name in PARTS}
+    label, others = (targets.label_column, targets.fields) if supervised else (None, {})
+    further = {name: {**others, **split_columns(settings, name)} for name in PARTS}
     read: dict[str, tuple[Rows, Origin]] = {}
     problems: list[Problem] = []
     for name, where in given.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -13,7 +14,7 @@ from toolkit.data.cache import cache_folder, offline, put_folder
 from toolkit.data.delimited import Columns, read_csv, read_tsv
 from toolkit.data.download import download
 from toolkit.data.files import sha256_of
-from toolkit.data.rows import Origin, Rows
+from toolkit.data.rows import NONE, Origin, Rows
 from toolkit.errors import DataError, Problem
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ NAMED_SETS = ("sms_spam", "movie_reviews", *(f"movie_reviews:{source}" for sourc
 
 
 def read_named_set(
-    name: str, *, text_column: str, label_column: str | None, others: tuple[str, ...] = ()
+    name: str, *, text_column: str, label_column: str | None, others: Mapping[str, str] = NONE
 ) -> tuple[Rows, Origin]:
     """Read one of ``NAMED_SETS``.
 

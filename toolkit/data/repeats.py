@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.data.rows import Rows
+from toolkit.data.targets import Targets, as_ids
 from toolkit.errors import DataError, Problem
 
 # Texts with two labels that are listed one by one.
@@ -117,33 +118,40 @@ def leaking_rows(
 
 
 def repeat_warnings(
-    rows: Rows, groups: NDArray[np.int64], labels: NDArray[np.int64] | None, *, spell: Callable[[int], str]
+    rows: Rows, groups: NDArray[np.int64], labels: Targets | None, *, spell: Callable[[int], str]
 ) -> list[str]:
     """Return a line on repeated texts, a line on texts with two labels, and a line for each of the first ten of these.
 
     Args:
         rows: The table.
         groups: int64, shape (rows,), equal where texts are equal.
-        labels: int64, shape (rows,), label ids; None without supervision.
+        labels: Targets of all rows; None without supervision.
         spell: Row to its label in words.
     """
-    distinct = int(np.count_nonzero(np.bincount(groups)))
-    if distinct == len(groups):
+    sizes = np.bincount(groups)
+    again = len(groups) - int(np.count_nonzero(sizes))
+    if not again:
         return []
-    lines = [str(Problem(rows.where, "text", f"{len(groups) - distinct} of {len(groups)} rows repeat an earlier text"))]
-    conflicts = np.empty(0, dtype=np.int64) if labels is None else _conflicts(groups, labels)
-    if labels is not None and len(conflicts):
-        _, firsts = np.unique(groups, return_index=True)
-        first = np.sort(firsts[np.isin(groups[firsts], conflicts)])
+    lines = [str(Problem(rows.where, "text", f"{again} of {len(groups)} rows repeat an earlier text"))]
+    # Rows whose text stands alone are in no conflict, and are most.
+    repeated = np.flatnonzero(sizes[groups] > 1)
+    conflicts = [] if labels is None else _conflicts(groups[repeated], as_ids(labels[repeated]))
+    if conflicts:
         wrong = f"{len(conflicts)} texts occur with two labels or more"
-        lines.append(str(Problem(rows.place(int(first[0])), "label", wrong, "one label for a text")))
-        for row in first[:LISTED].tolist():
-            other = int(np.flatnonzero((groups == groups[row]) & (labels != labels[row]))[0])
-            wrong = f"{spell(row)!r} here, {spell(other)!r} in {rows.place(other)}"
-            lines.append(str(Problem(rows.place(row), "label", wrong)))
+        first = rows.place(int(repeated[conflicts[0][0]]))
+        lines.append(str(Problem(first, "label", wrong, "one label for a text")))
+    for one, other in conflicts[:LISTED]:
+        row, differs = int(repeated[one]), int(repeated[other])
+        wrong = f"{spell(row)!r} here, {spell(differs)!r} in {rows.place(differs)}"
+        lines.append(str(Problem(rows.place(row), "label", wrong)))
     return lines
 
 
-def _conflicts(groups: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    pairs = np.unique(groups * (int(labels.max()) + 1) + labels)
-    return np.flatnonzero(np.bincount(pairs // (int(labels.max()) + 1)) > 1)
+def _conflicts(groups: NDArray[np.int64], ids: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Return the first row of each text with two labels, and the first with another one, in their order."""
+    order = np.lexsort((np.arange(len(groups)), groups))
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    first = order[np.repeat(starts, np.diff(starts, append=len(order)))]
+    differs = np.flatnonzero(ids[order] != ids[first])
+    found = {int(first[place]): int(order[place]) for place in reversed(differs.tolist())}
+    return sorted(found.items())

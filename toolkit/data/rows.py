@@ -5,12 +5,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from toolkit.data.labels import LabelColumn
+from toolkit.data.spool import TextSpool
 from toolkit.data.tokens import TokenTable
 from toolkit.errors import DataError, Problem
 
@@ -21,6 +23,8 @@ CHUNK_ROWS = 65_536
 CHUNK_CHARACTERS = 16_000_000
 
 
+# Without further columns; else each has the recipe's field that names it.
+NONE: Mapping[str, str] = MappingProxyType({})
 # Rows up to which plain lists are as quick as Arrow's take, which brings in pyarrow.compute: 0.1 s of start-up.
 SMALL_TABLE = 20_000
 
@@ -97,11 +101,10 @@ def _take(texts: pa.ChunkedArray, indices: NDArray[np.int64]) -> pa.ChunkedArray
     # Chunk by chunk: a take of the whole would first copy all chunks into one.
     starts = np.cumsum([0, *(len(chunk) for chunk in texts.chunks)])
     cuts = np.searchsorted(indices, starts)
-    taken = [
-        chunk.take(pa.array(indices[low:high] - start))
-        for chunk, start, low, high in zip(texts.chunks, starts, cuts, cuts[1:], strict=False)
-    ]
-    return pa.chunked_array(taken, type=texts.type)
+    taken = TextSpool()
+    for chunk, start, low, high in zip(texts.chunks, starts, cuts, cuts[1:], strict=False):
+        taken.add(chunk.take(pa.array(indices[low:high] - start)))
+    return taken.column()
 
 
 def string_array(values: list[str]) -> pa.LargeStringArray:
@@ -153,7 +156,7 @@ class RowBuilder:
     """
 
     def __init__(
-        self, problems: ProblemList, *, text_column: str, label_column: str | None, others: Sequence[str] = ()
+        self, problems: ProblemList, *, text_column: str, label_column: str | None, others: Iterable[str] = ()
     ) -> None:
         self._problems = problems
         self._text_column = text_column
@@ -162,7 +165,7 @@ class RowBuilder:
         self._labels = array("i")
         self._others: dict[str, tuple[dict[str, int], array[int]]] = {name: ({}, array("i")) for name in others}
         self._lines = array("q")
-        self._chunks: list[pa.Array] = []
+        self._spool = TextSpool()
         self._open: list[str] = []
         self._characters = 0
 
@@ -196,7 +199,7 @@ class RowBuilder:
 
     def _close_chunk(self) -> None:
         try:
-            self._chunks.append(string_array(self._open))
+            self._spool.add(string_array(self._open))
         except UnicodeEncodeError:
             lines = self._lines[-len(self._open) :]
             for text, line in zip(self._open, lines, strict=True):
@@ -217,7 +220,7 @@ class RowBuilder:
         if not self._lines:
             raise DataError(Problem(where, "", "there are no rows", "at least one row of data"))
         labels = LabelColumn(tuple(self._codes), np.frombuffer(self._labels, dtype=np.int32)) if self._codes else None
-        texts = pa.chunked_array(self._chunks, type=pa.large_string())
+        texts = self._spool.column()
         others = {
             name: LabelColumn(tuple(codes), np.frombuffer(column, dtype=np.int32))
             for name, (codes, column) in self._others.items()
@@ -241,9 +244,10 @@ def too_many_labels(where: str, field: str) -> None:
     raise DataError(Problem(where, field, f"more than {MAX_LABELS} different labels", "is this the label column?"))
 
 
-def wanted_columns(text: str | None, label: str | None, others: Iterable[str] = ()) -> list[tuple[str, str]]:
+def wanted_columns(text: str | None, label: str | None, others: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return pairs of the recipe's field and the column it names, for ``missing_columns``."""
-    named = [("data.text_column", text), ("data.label_column", label), *(("data", name) for name in others)]
+    named = [("data.text_column", text), ("data.label_column", label)]
+    named += [(field, name) for name, field in others.items()]
     return [(field, column) for field, column in named if column is not None]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from toolkit.data.arrays import read_npy, read_parquet
@@ -11,7 +12,7 @@ from toolkit.data.files import check_text_file, sha256_of
 from toolkit.data.hub import HUB_ID, read_hub_dataset
 from toolkit.data.jsonlines import read_jsonl, read_txt
 from toolkit.data.named_sets import NAMED_SETS, read_named_set
-from toolkit.data.rows import Origin, Rows
+from toolkit.data.rows import NONE, Origin, Rows
 from toolkit.data.table_cache import cached_rows
 from toolkit.errors import DataError, Problem, nearest
 
@@ -22,7 +23,7 @@ SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".npy")
 
 
 def read_rows(
-    where: str, *, text_column: str, label_column: str | None, others: tuple[str, ...] = ()
+    where: str, *, text_column: str, label_column: str | None, others: Mapping[str, str] = NONE
 ) -> tuple[Rows, Origin]:
     """Read a named set, a data file or a hub data set; the strings returned are the strings in the file.
 
@@ -30,7 +31,7 @@ def read_rows(
         where: One of ``NAMED_SETS``, a path with one of ``SUFFIXES``, or ``owner/name[:config][@split]``.
         text_column: Column of the text; unused for .npy and .txt.
         label_column: Column of the label; None reads no labels. In .npy it is always the last column.
-        others: Further columns to keep as strings; .npy and .txt have none.
+        others: Further columns to keep as strings, each with the recipe's field that names it; .npy and .txt have none.
 
     Raises:
         DataError: It does not exist or cannot be read exactly; every problem has its line.
@@ -55,8 +56,10 @@ def _read_file(path: Path, where: str, columns: Columns) -> tuple[Rows, Origin]:
     if suffix == ".txt" and label_column is not None:
         raise DataError(Problem(where, "data.label_column", "a .txt file has no labels", "csv, tsv or jsonl"))
     if suffix in (".txt", ".npy") and others:
-        wrong = f"a {suffix} file has no column {others[0]!r}"
-        raise DataError(Problem(where, "data", wrong, "csv, tsv, jsonl or parquet"))
+        right = "csv, tsv, jsonl or parquet"
+        raise DataError(
+            Problem(where, field, f"a {suffix} file has no column {name!r}", right) for name, field in others.items()
+        )
     sha256 = sha256_of(path, where)
 
     def parse() -> Rows:

@@ -56,6 +56,11 @@ class TargetFormat:
         """The other columns that hold targets."""
         return () if self.label_column is not None else self.columns or (self.column,)
 
+    @property
+    def fields(self) -> dict[str, str]:
+        """The other columns with the recipe's fields that name them, as ``read_rows`` takes them."""
+        return dict.fromkeys(self.others, "data.label_columns" if self.columns else "data.label_column")
+
     def label_map(self, tables: Iterable[Rows], listed: Iterable[str] | None) -> LabelMap:
         """Return the labels in id order: those listed, the names of the columns, or what the tables hold.
 
