@@ -159,6 +159,33 @@ def optimizer_of(model: Any, recipe: Any) -> Any:
     return None
 
 
+def fit(recipe: Any, base: pathlib.Path, rows: dict[str, Rows], tokenizer: Any) -> dict[str, Any]:
+    """Method features: hidden states of the stock body, and scikit-learn's logistic regression on them."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    body = transformers.AutoModel.from_pretrained(base, dtype=torch.float32).eval()
+    started = time.perf_counter()
+    features = {}
+    for name in ("train", "test"):
+        loader = torch.utils.data.DataLoader(rows[name], batch_size=32, collate_fn=lambda b: collate(b, tokenizer))
+        parts = []
+        for batch in loader:
+            with torch.no_grad():
+                hidden = body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+            last = batch["attention_mask"].sum(1) - 1 if body.config.model_type == "gpt2" else 0
+            parts.append(hidden[torch.arange(len(hidden)), last].numpy())
+        features[name] = np.concatenate(parts)
+    regression = make_pipeline(StandardScaler(), LogisticRegression(C=recipe.method.C, max_iter=2_000))
+    regression.fit(features["train"], rows["train"].labels)
+    seconds = time.perf_counter() - started
+    right = regression.predict(features["test"]) == rows["test"].labels
+    peak = runtime.peak_memory(torch.device("cpu"))["rss"]
+    weights = sum(part.size for part in (regression[-1].coef_, regression[-1].intercept_))
+    return {"right": right.astype(int).tolist(), "seconds": seconds, "peak_bytes": peak, "trainable": weights}
+
+
 def train(recipe: Any, folder: pathlib.Path) -> dict[str, Any]:
     from toolkit.models.base import resolve_base
 
@@ -170,6 +197,8 @@ def train(recipe: Any, folder: pathlib.Path) -> dict[str, Any]:
     rows = {name: Rows(part, tokenizer, recipe.model.max_length) for name, part in data.parts.items()}
     device = torch.device("cpu")
     runtime.reset_peak_memory(device)
+    if recipe.method.name == "features":
+        return fit(recipe, base, rows, tokenizer)
     assert data.label_map is not None
     model = build(recipe, base, len(data.label_map.names), rows["train"], tokenizer)
     arguments = transformers.TrainingArguments(

@@ -96,8 +96,9 @@ def check_fit(recipe: Recipe, data: LoadedData, base: Base) -> None:
             labels, nothing to fit a threshold on, token ids outside its vocabulary, or an output folder around or
             inside the inputs.
     """
-    check_method(recipe.method, base.family, config=base.config, max_length=recipe.model.max_length)
     weights, labels = recipe.training.loss.class_weights, data.label_map
+    count = len(labels.names) if labels is not None else 2
+    check_method(recipe.method, base.family, config=base.config, max_length=recipe.model.max_length, labels=count)
     if isinstance(weights, list) and labels is not None and len(weights) != len(labels.names):
         right = f"one for each of {', '.join(labels.names[:20])}"
         raise RecipeError(Problem("", "training.loss.class_weights", f"{len(weights)} weights", right))
@@ -138,11 +139,11 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     from toolkit.outcome import build_record, environment, write_reports
     from toolkit.tasks import Setup, build_task
     from toolkit.training.gemm import choose_gemm
+    from toolkit.training.head_fit import build_trainer
     from toolkit.training.optim import build_optimizer
     from toolkit.training.plan import build_plan
     from toolkit.training.run_log import RunLog
     from toolkit.training.shortage import recipe_lines
-    from toolkit.training.trainer import Trainer
 
     # The machine.
     settings = recipe.training
@@ -170,7 +171,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     # Training.
     check_space(folder.path, needed=disk_estimate(parameters, settings=recipe.output, folder=folder))
     log = RunLog(MetricsLog(folder.metrics), recipe=recipe, accelerator=accelerator, listener=listener)
-    trainer = Trainer(
+    trainer = build_trainer(
         objective=task.objective,
         optimizer=build_optimizer(
             task.model,

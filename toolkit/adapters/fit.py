@@ -7,12 +7,21 @@ from typing import Any
 
 from toolkit.adapters.freeze import trained_blocks
 from toolkit.adapters.methods import adapted_blocks, target_modules
-from toolkit.config.methods import FreezingMethod, LayeredMethod, Method, PrefixMethod, TargetedMethod
+from toolkit.config.methods import (
+    FeaturesMethod,
+    FreezingMethod,
+    LayeredMethod,
+    Method,
+    PrefixMethod,
+    TargetedMethod,
+)
 from toolkit.errors import Problem, RecipeError
 from toolkit.families import Family
 
 
-def check_method(method: Method, family: Family, *, config: Mapping[str, Any], max_length: int) -> None:
+def check_method(
+    method: Method, family: Family, *, config: Mapping[str, Any], max_length: int, labels: int = 2
+) -> None:
     """Hold a method against a base.
 
     Args:
@@ -20,9 +29,11 @@ def check_method(method: Method, family: Family, *, config: Mapping[str, Any], m
         family: The base's architecture.
         config: Content of the base's config.json.
         max_length: Tokens of the longest text.
+        labels: How many the classifier tells apart.
 
     Raises:
-        RecipeError: Targets or blocks that the base lacks, a prefix where none can stand or for which there is no room.
+        RecipeError: Targets or blocks that the base lacks, a prefix where none can stand or for which there is no room,
+            more labels than a fitted head has room for.
     """
     blocks = config[family.layers_key]
     if isinstance(method, TargetedMethod):
@@ -31,6 +42,13 @@ def check_method(method: Method, family: Family, *, config: Mapping[str, Any], m
         adapted_blocks(method, blocks=blocks)
     if isinstance(method, FreezingMethod):
         trained_blocks(method, blocks=blocks)
+    if isinstance(method, FeaturesMethod) and family.own_head:
+        wrong = "features is fitted into the architecture's own head"
+        raise RecipeError(Problem("", "model.head", wrong, "model.head: null, or method head"))
+    if isinstance(method, FeaturesMethod) and len(family.head) == 2 and 2 * labels > config[family.width_key]:
+        # The rectifier between the head's layers is passed by two units a label.
+        wrong = f"{labels} labels need {2 * labels} units of a head of {config[family.width_key]}"
+        raise RecipeError(Problem("", "method.name", wrong, "method head, or features on a wider base"))
     if isinstance(method, PrefixMethod):
         _check_prefix(method, family, room=config[family.positions_key] - max_length)
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config.methods import BiasMethod, FreezingMethod, FullMethod, GradualMethod, HeadMethod
+from toolkit.config.methods import (
+    BiasMethod,
+    FeaturesMethod,
+    FreezingMethod,
+    FullMethod,
+    GradualMethod,
+    HeadMethod,
+)
 from toolkit.errors import CapabilityError, Problem, RecipeError
 from toolkit.families import Family
 from toolkit.parameters import rest
@@ -40,7 +47,7 @@ def trained_blocks(method: FreezingMethod, *, blocks: int) -> int:
     Raises:
         RecipeError: More than there are.
     """
-    if isinstance(method, HeadMethod):
+    if isinstance(method, HeadMethod | FeaturesMethod):
         return 0
     if isinstance(method, FullMethod | BiasMethod):
         return blocks

@@ -65,7 +65,8 @@ def _validate(recipe: Document, documents: dict[Path, Document]) -> Recipe:
             Problem(locate(rule.path, documents, recipe), dotted(rule.path), rule.wrong, rule.right) for rule in broken
         )
     if checked.training.epochs is None and checked.training.max_steps is None:
-        training = checked.training.model_copy(update={"epochs": DEFAULT_EPOCHS})
+        length = {"max_steps": 1} if checked.method.name == "features" else {"epochs": DEFAULT_EPOCHS}
+        training = checked.training.model_copy(update=length)
         checked = checked.model_copy(update={"training": training})
     return checked
 

@@ -34,6 +34,18 @@ class HeadMethod(Section):
     name: Literal["head"]
 
 
+class FeaturesMethod(Section):
+    """Fit a classifier of scikit-learn on the features of the frozen base; it becomes the classification head."""
+
+    name: Literal["features"]
+    classifier: Literal["logistic_regression", "random_forest"] = Field(
+        default="logistic_regression", description="What is fitted; a random forest is refused, for it is no head."
+    )
+    C: PositiveFloat = Field(
+        default=1.0, description="Inverse strength of the penalty on the weights of the scaled features."
+    )
+
+
 class LastNMethod(Section):
     """Train the last n blocks, the final norm and the head."""
 
@@ -148,6 +160,7 @@ class LnTuningMethod(Section):
 Method = Annotated[
     FullMethod
     | HeadMethod
+    | FeaturesMethod
     | LastNMethod
     | GradualMethod
     | BiasMethod
@@ -159,7 +172,7 @@ Method = Annotated[
     | LnTuningMethod,
     Field(discriminator="name"),
 ]
-FreezingMethod = FullMethod | HeadMethod | LastNMethod | GradualMethod | BiasMethod
+FreezingMethod = FullMethod | HeadMethod | FeaturesMethod | LastNMethod | GradualMethod | BiasMethod
 # Those that peft puts beside the base, which may then be quantised.
 AdapterMethod = LoraMethod | AdaloraMethod | VeraMethod | Ia3Method | PrefixMethod | LnTuningMethod
 # Of those, the ones that change chosen linear layers, and the ones that can leave the lower blocks out.

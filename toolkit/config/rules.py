@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from toolkit.config.features_rules import FEATURES_RULES
 from toolkit.config.label_rules import LABEL_RULES
 from toolkit.config.methods import AdaloraMethod, GradualMethod, LoraMethod, leaves_adapter
 from toolkit.config.rule import Rule as Rule
@@ -180,4 +181,4 @@ RULES = (
 
 def broken_rules(recipe: Recipe) -> list[Rule]:
     """Return every rule that ``recipe`` breaks, in the order of the tables."""
-    return [rule for rule in (*RULES, *LABEL_RULES) if rule.broken(recipe)]
+    return [rule for rule in (*RULES, *LABEL_RULES, *FEATURES_RULES) if rule.broken(recipe)]

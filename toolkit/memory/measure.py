@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from toolkit.config.methods import FeaturesMethod
 from toolkit.config.schema import Recipe
 from toolkit.data.parts import LoadedData
 from toolkit.data.tokens import TokenTable
@@ -92,7 +93,9 @@ def predict_run(
     accelerator: Accelerator,
     found: MemoryUse,
 ) -> Estimate | None:
-    """Return the prediction for a run whose tokens are there; None for several processes, and on unknown devices.
+    """Return the prediction for a run whose tokens are there; None for several processes, on unknown devices.
+
+    None too for method features: what scikit-learn takes is not known.
 
     Args:
         recipe: All settings.
@@ -103,7 +106,7 @@ def predict_run(
         found: What the process held before tokens and weights.
     """
     device = accelerator.device.type
-    if accelerator.num_processes > 1 or device not in FRAMEWORK:
+    if accelerator.num_processes > 1 or device not in FRAMEWORK or isinstance(recipe.method, FeaturesMethod):
         return None
     lengths = {name: table.lengths.astype(np.int64) for name, table in tables.items()}
     labels = len(data.label_map.names) if data.label_map else 2

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from toolkit.config.load import dump_recipe
+from toolkit.config.methods import FeaturesMethod
 from toolkit.config.schema import Recipe
 from toolkit.durable import write_file_atomically
-from toolkit.errors import OutputError, Problem
+from toolkit.errors import OutputError, Problem, RecipeError
 from toolkit.memory.candidates import alternatives, candidates, losses, slowness, with_training
 from toolkit.memory.estimate import Estimate
 from toolkit.memory.inputs import Inputs, choose_device, parse_bytes, read_sizes
@@ -100,6 +101,9 @@ def plan_memory(recipe: Recipe, *, budget: int | str | None = None, device: str 
     Raises:
         InputError: If data, base or budget are wrong.
     """
+    if isinstance(recipe.method, FeaturesMethod):
+        wrong = "scikit-learn fits features, and what it takes is not predicted"
+        raise RecipeError(Problem("", "method.name", wrong, "a plan of method head, without scikit-learn"))
     limit = parse_bytes(budget) if isinstance(budget, str) else budget
     return _Planner(read_sizes(recipe), choose_device(device)).plan(recipe, limit)
 

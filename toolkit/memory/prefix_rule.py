@@ -23,6 +23,9 @@ def worth_keeping(recipe: Recipe, *, blocks: int, rows: int) -> bool:
     training = recipe.training
     if not training.prefix_cache.enabled or blocks == 0:
         return False
+    if recipe.method.name == "features":
+        # The next fit on the same texts finds them.
+        return True
     if training.epochs is not None:
         return training.epochs > 1
     return (training.max_steps or 0) * training.batch_size * training.gradient_accumulation_steps > rows

@@ -181,6 +181,19 @@ def classify(model: nn.Module, batch: Mapping[str, torch.Tensor], *, blocks: int
     return logits.float()
 
 
+def pooled(model: nn.Module, batch: Mapping[str, torch.Tensor], *, blocks: int = 0) -> torch.Tensor:
+    """Return the states (B, width) that the head would classify, float32; the arguments are those of `classify`."""
+    core = unwrapped(model)
+    seen: list[torch.Tensor] = []
+    first = core.get_submodule(family_of(core.config).head[0])
+    hook = first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        classify(model, batch, blocks=blocks)
+    finally:
+        hook.remove()
+    return seen[0].float()
+
+
 def frozen_blocks(model: nn.Module) -> int:
     """Return how many blocks, from the first, no gradient reaches in the whole run; 0 where the embeddings train.
 

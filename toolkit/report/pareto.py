@@ -60,15 +60,16 @@ def _draw(panel: Axes, points: Sequence[_Point], *, enough: str) -> None:
     costs, accuracies = [point["cost"] for point in points], [point["accuracy"] for point in points]
     line = front(costs, accuracies)
     panel.plot([costs[i] for i in line], [accuracies[i] for i in line], color=TRAIN, lw=1.4, ls="--", zorder=1)
-    for point in points:
+    # Names of points of like accuracy stand above and below in turn.
+    for place, point in enumerate(sorted(points, key=lambda one: one["accuracy"])):
         colour = BEST if point["name"] == enough else TRAIN
         low, high = point["interval"]
         # At the very end of the range, rounding may put the accuracy outside of its interval.
         spread = [[max(0.0, point["accuracy"] - low)], [max(0.0, high - point["accuracy"])]]
         panel.errorbar(point["cost"], point["accuracy"], yerr=spread, fmt="o", ms=6, color=colour, lw=1, alpha=0.9)
         panel.annotate(
-            point["name"], (point["cost"], point["accuracy"]), (7, 4), textcoords="offset points", fontsize=7.5,
-            color=colour if colour == BEST else INK,
+            point["name"], (point["cost"], point["accuracy"]), (7, -11 if place % 2 else 4),
+            textcoords="offset points", fontsize=7.5, color=colour if colour == BEST else INK,
         )  # fmt: skip
     panel.margins(x=0.18)
     panel.set_xlim(left=max(0.0, panel.get_xlim()[0]))

@@ -10,6 +10,10 @@ from toolkit.report.run_record import MemoryRecord, RunRecord
 METHODS = {
     "full": ("full fine-tuning", "every weight was trained"),
     "head": ("head only", "only the classification head was trained"),
+    "features": (
+        "logistic regression on features",
+        "the base stayed frozen, and logistic regression on its features became the classification head",
+    ),
     "gradual": (
         "gradual unfreezing",
         "the classification head was trained first, then one block more at a time from the top; the embeddings stayed "

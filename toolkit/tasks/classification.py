@@ -15,7 +15,7 @@ from torch import nn
 from toolkit.adapters.apply import apply_method
 from toolkit.adapters.eva import TOKENS, start_from_data
 from toolkit.adapters.schedule import orthogonality_penalty
-from toolkit.config.methods import AdaloraMethod, LoraMethod, leaves_adapter
+from toolkit.config.methods import AdaloraMethod, FeaturesMethod, LoraMethod, leaves_adapter
 from toolkit.config.schema import Recipe
 from toolkit.data.batching import collate
 from toolkit.data.parts import Part
@@ -36,9 +36,10 @@ from toolkit.memory.prefix import (
     through_frozen,
 )
 from toolkit.memory.prefix_cache import PrefixCache, PrefixOverflowError
-from toolkit.models.forward import checkpoint_activations, classify, unwrapped
+from toolkit.models.forward import checkpoint_activations, classify, pooled, unwrapped
 from toolkit.models.load import load_classifier
 from toolkit.report.run_record import PrefixCacheRecord
+from toolkit.tasks.features import fit_linear, write_head
 from toolkit.tasks.task import EVALUATION_BATCH, PARTS, Kind, Setup, tokenize_parts, write_artifact
 from toolkit.training.gemm import use_gemm
 from toolkit.training.objectives import ClassificationObjective
@@ -80,6 +81,8 @@ class ClassificationTask:
             classes=len(self._names),
             penalty=_penalty(self.model, recipe),
         )
+        if isinstance(recipe.method, FeaturesMethod):
+            self.objective.solve = self.fit_head
         if isinstance(recipe.method, LoraMethod) and recipe.method.variant == "eva":
             self._start_from_texts()
         self._test_logits: Floats | None = None
@@ -122,6 +125,21 @@ class ClassificationTask:
         batch = self.objective.batch(order[:count], step=0)
         moved = {name: tensor.to(self._accelerator.device) for name, tensor in batch.items()}
         start_from_data(self.model, lambda: self.objective(moved), seed=seed)
+
+    def fit_head(self) -> int:
+        """Fit the head on the features of the training rows (method features); return the tokens that were read."""
+        method, model = self._recipe.method, unwrapped(self.model)
+        assert isinstance(method, FeaturesMethod)
+        linear = fit_linear(
+            self._logits("train", cache=self._caches.get("train"), read=pooled),
+            self._labels["train"],
+            method,
+            classes=len(self._names),
+            loss=self._recipe.training.loss,
+            bias=len(self._base.family.head) == 2,
+        )
+        write_head(model, linear, self._base.family)
+        return len(self.tables["train"].ids)
 
     def validate(self) -> dict[str, float]:
         """Return loss, and what judges this kind of labels, of the validation rows."""
@@ -172,8 +190,10 @@ class ClassificationTask:
             return None
         return predictions_of(self._test_logits, self._labels["test"], baselines=self._baselines)
 
-    def _logits(self, part: str, *, cache: PrefixCache | None = None) -> Floats:
-        """Return logits (N, C) of a part; every process computes its share and gets all."""
+    def _logits(
+        self, part: str, *, cache: PrefixCache | None = None, read: Callable[..., torch.Tensor] = classify
+    ) -> Floats:
+        """Return logits (N, C) of a part, or what else ``read`` gives; processes share the work, and all get all."""
         table, processes = self.tables[part], self._accelerator.num_processes
         share = -(-len(table) // processes)
         # All processes take equally many rows; the surplus repeats rows from the start.
@@ -190,7 +210,7 @@ class ClassificationTask:
         # Blocks that the model does not have to run itself: their states are kept, or come wave by wave.
         before = streamed.count if streamed is not None else 0 if cache is None else cache.blocks
         logits = predict_logits(
-            lambda batch: classify(self.model, batch, blocks=before),
+            lambda batch: read(self.model, batch, blocks=before),
             table.lengths[rows],
             collate=batch_of,
             device=self._accelerator.device,

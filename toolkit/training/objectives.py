@@ -64,7 +64,12 @@ class ClassificationObjective(nn.Module):
         problem_type: What the labels are.
         classes: How many labels there are; needed for balanced weights.
         penalty: Added to the mean loss, a scalar; None adds nothing.
+
+    Attributes:
+        solve: Instead of training, puts the best weights into the model and returns the tokens read; None: trains.
     """
+
+    solve: Callable[[], int] | None = None
 
     def __init__(
         self,
