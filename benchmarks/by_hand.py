@@ -63,6 +63,7 @@ def adapter_config(method: Any, family: str, blocks: int, steps: int) -> Any:
     targets = LINEAR[family] if method.target_modules == "all-linear" else ATTENTION[family]
     common |= {"target_modules": targets, "exclude_modules": heads, "fan_in_fan_out": family == "gpt2"}
     if method.name == "vera":
+        del common["exclude_modules"]
         return VeraConfig(**common, r=method.r, d_initial=method.d_initial, vera_dropout=method.vera_dropout)
     common |= {"lora_alpha": method.lora_alpha, "lora_dropout": method.lora_dropout}
     if method.name == "adalora":
@@ -73,7 +74,7 @@ def adapter_config(method: Any, family: str, blocks: int, steps: int) -> Any:
         last = int(method.layers.removeprefix("last_"))
         common |= {"layers_to_transform": list(range(blocks - last, blocks)), "layers_pattern": BLOCKS[family][1]}
     if method.variant == "eva":
-        common |= {"init_lora_weights": "eva", "eva_config": EvaConfig()}
+        common |= {"init_lora_weights": "eva", "eva_config": EvaConfig(use_label_mask=False)}
     if method.variant == "pissa":
         common |= {"init_lora_weights": "pissa"}
     return LoraConfig(**common, r=method.r, use_rslora=method.variant == "rslora", use_dora=method.variant == "dora")
