@@ -14,7 +14,8 @@ from toolkit.evaluation.predictions import read_predictions
 from toolkit.experiments.launch import train_apart
 from toolkit.experiments.verdict import Candidate, Run, accuracy, judge
 from toolkit.listener import SILENT, Listener
-from toolkit.report.comparison import Comparison, SeedRecord, write_comparison
+from toolkit.report.comparison import Comparison, SeedRecord
+from toolkit.report.comparison_page import write_comparison
 from toolkit.report.run_record import read_run_record
 from toolkit.report.wording import percent
 from toolkit.run_folder import RunFolder

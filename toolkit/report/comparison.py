@@ -1,15 +1,8 @@
-"""compare.html and compare.json: recipes side by side, what each costs, and which one is enough."""
+"""The content of compare.json: recipes side by side, what each costs, and which one is enough."""
 
 from __future__ import annotations
 
-import json
-import pathlib
 from typing import TypedDict
-
-from toolkit.durable import write_file_atomically
-from toolkit.report.html import inline
-from toolkit.report.pareto import draw_pareto
-from toolkit.report.render import fill
 
 
 class SeedRecord(TypedDict):
@@ -110,18 +103,3 @@ class Comparison(TypedDict):
     enough: str
     verdict: list[str]
     baselines: dict[str, float]
-
-
-def write_comparison(comparison: Comparison, folder: pathlib.Path) -> None:
-    """Write ``compare.html``, which needs nothing beside it, ``compare.png`` and ``compare.json``.
-
-    Raises:
-        OutputError: If the disk is full.
-        OSError: If the folder cannot be written.
-    """
-    picture = folder / "compare.png"
-    draw_pareto(comparison["recipes"], picture, enough=comparison["enough"])
-    page = fill("compare.html.j2", comparison=comparison, picture=inline(picture))
-    write_file_atomically(folder / "compare.html", page)
-    text = json.dumps(comparison, indent=2, ensure_ascii=False, allow_nan=False)
-    write_file_atomically(folder / "compare.json", text + "\n")
