@@ -42,7 +42,7 @@ def recipe(tmp_path: Path, pico_cache):
         path.write_text(
             f"model: {{base: '{pico_cache(family)}', max_length: 24}}\ndata: {{source: '{tmp_path / 'data.csv'}'}}\n"
             f"method: {{name: features, C: 0.5}}\noutput: {{dir: '{tmp_path / 'run'}'}}\n"
-            "training: {prefix_cache: {dtype: fp32}}\n"
+            "training: {gemm: default, prefix_cache: {dtype: fp32}}\n"
         )
         return load_recipe(path, overrides)
 

@@ -38,7 +38,8 @@ def write_recipe(tmp_path: Path, pico_cache):
         path = tmp_path / f"{name}.yaml"
         path.write_text(
             f"model: {{base: '{pico_cache('distilbert')}', max_length: 16}}\ndata: {{source: '{data}'}}\n"
-            f"training: {{max_steps: {steps}, batch_size: 8, learning_rate: 1e-2}}\nevaluation: {{every: 4}}\n"
+            f"training: {{max_steps: {steps}, batch_size: 8, learning_rate: 1e-2, gemm: default}}\n"
+            f"evaluation: {{every: 4}}\n"
             f"output: {{dir: '{tmp_path / 'runs' / name}', save_every: 2}}\n{extra}"
         )
         return str(path)
