@@ -93,7 +93,9 @@ def check_memory(memory: MemoryRecord, metrics: Path) -> None:
     assert [line["phase"] for line in lines if "phase" in line] == memory["phases"]
     held = [line["memory"] for line in lines if "loss" in line]
     assert held
-    assert all(0 < one["rss"] <= memory["rss_bytes"] and one["allocated"] == one["reserved"] == 0 for one in held)
+    # The kernel counts resident pages by core: what it says now and what it says was the most may be 2 MiB apart.
+    assert all(0 < one["rss"] <= memory["rss_bytes"] + 2**21 for one in held)
+    assert all(one["allocated"] == one["reserved"] == 0 for one in held)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "distilbert"])
