@@ -205,9 +205,9 @@ transformers with peft, on the same kind of model and of case; "-" where it make
 FOOT = """
 What counts as the peer's failure: after a kill, a run that does not end with the weights of the undisturbed one when it
 is started again with `resume_from_checkpoint` (its 20 kills all fall between the first save and the end, nearly all of
-them inside a save, whose half-written folder then stops it; of ours half do); with a damaged checkpoint, a run that ends with other weights, or does
-not go on although an older checkpoint is whole; an altered adapter or another base that is merged without an error; a
-diverged training that ends as a success.
+them inside a save, whose half-written folder then stops it; of ours half do); with a damaged checkpoint, a run that
+ends with other weights, or does not go on although an older checkpoint is whole; an altered adapter or another base
+that is merged without an error; a diverged training that ends as a success.
 
 The rows P8, P9, P10, P15 and P16 are tests of the default suite alone (tests/robustness/test_no_pickle.py,
 tests/robustness/test_bad_inputs.py, tests/test_finetune.py, tests/inference/test_predict.py,
