@@ -98,11 +98,12 @@ def memory_page(record: dict[str, Any], machine: str, largest: dict[str, Any] | 
         f"{what}: median {statistics.median(map(abs, errors[kind])):.1%}, largest {max(map(abs, errors[kind])):.1%}"
         for kind, what in (("allocated", "tensors"), ("resident", "process"))
     )
+    within = sum(abs(error) <= 0.05 for error in errors["resident"])
     seconds = statistics.median(
         case["plan_core_seconds"] for case in record["cases"].values() if "plan_core_seconds" in case
     )
     summary = (
-        f"\n{len(lines)} of the 24 recipes of the benchmark are measured so far. Errors, {found}. "
+        f"\n{len(lines)} recipes. Errors, {found}; within 5 %: {within} of {len(lines)} processes. "
         f"A plan took {seconds:.1f} s of a core (median).\n\n{REASONS}"
     )
     head = HEAD.format(machine=f"Machine: {machine}.")

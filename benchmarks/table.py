@@ -30,8 +30,8 @@ HEAD = """# Performance
 Made by `make bench` from `benchmarks/results/`; every file there names its machine and date. The scripts' first lines
 say what is compared with what. All arms of a row ran in turns in one process, on the same rows, with random weights of
 full size; a ratio is of two arms of the same round, given as median (smallest to largest). "defaults" is the peer's
-own setting, "tuned" what its best user would set: the fastest of several batch sizes, texts of like length together, and
-bf16 autocast where the processor multiplies bf16 faster.
+own setting, "tuned" what its best user would set: the fastest of several batch sizes, texts of like length together,
+and bf16 autocast where the processor multiplies bf16 faster.
 
 {machine}
 
