@@ -107,7 +107,7 @@ def memory_page(record: dict[str, Any], machine: str, largest: dict[str, Any] | 
         f"A plan took {seconds:.1f} s of a core (median).\n\n{REASONS}"
     )
     head = HEAD.format(machine=f"Machine: {machine}.")
-    xl = "" if largest is None else LARGEST.format(peak=largest["peak_mib"], minutes=largest["seconds"] / 60)
+    xl = "" if largest is None else LARGEST.format(peak=largest["peak_mib"], seconds=largest["seconds"])
     return head + MEASURED + "\n".join(lines) + "\n" + summary + xl + sizes_table() + REST
 
 
@@ -125,7 +125,7 @@ for weights whose file has 475, and the process peaked at 470 MiB while it was r
 
 LARGEST = """
 GPT-2 XL (1.5 B parameters, 6 GB in fp32, stored in bf16) with its last block training, 70 messages, two epochs: the
-whole process, from start to saved model, peaked at {peak:,} MiB and took {minutes:.0f} minutes
+whole process, from start to saved model, peaked at {peak:,} MiB and took {seconds:.0f} s
 (`benchmarks/merging.py --size xl --last-block`). Blocks below lie in the base's files and are read one at a time.
 """
 

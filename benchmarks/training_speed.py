@@ -37,7 +37,7 @@ model: {{base: '{base}', max_length: 512}}
 data: {{train: '{root}/train.npy', validation: '{root}/held.npy', test: '{root}/held.npy', duplicates: allow}}
 method: {method}
 training: {{epochs: {epochs}, learning_rate: 1e-4, {batch}}}
-evaluation: {{every: end}}
+evaluation: {{every: end, baselines: false}}
 output: {{dir: '{run}', save_every: end, keep: 1}}
 """
 METHODS = {"lora": "{name: lora, r: 16, lora_alpha: 32, lora_dropout: 0.0}", "last_n": "{name: last_n}",
