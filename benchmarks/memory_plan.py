@@ -55,6 +55,8 @@ CASES: dict[str, tuple[str, str, int | None, int, int, bool, bool]] = {
     "gpt2 lora, 8 bits, checkpointing": ("gpt2", LORA, 8, 4, 256, True, False),
     "gpt2 lora, 4 bits": ("gpt2", LORA, 4, 8, 128, False, True),
     "gpt2 lora, 4 bits, checkpointing": ("gpt2", LORA, 4, 16, 64, True, False),
+    "gpt2 lora, bf16": ("gpt2", LORA, None, 8, 128, False, True),
+    "gpt2 bias, bf16": ("gpt2", "{name: bias}", None, 16, 128, True, False),
     "distilbert full": ("distilbert", "{name: full}", None, 16, 64, False, True),
     "distilbert full, checkpointing": ("distilbert", "{name: full}", None, 8, 256, True, False),
     "distilbert full, long": ("distilbert", "{name: full}", None, 4, 512, False, False),
@@ -64,12 +66,14 @@ CASES: dict[str, tuple[str, str, int | None, int, int, bool, bool]] = {
     "distilbert lora, 8 bits": ("distilbert", LORA, 8, 16, 128, False, False),
     "distilbert lora, 4 bits": ("distilbert", LORA, 4, 32, 64, False, False),
 }
+# Cases under autocast; all others are in fp32.
+BF16 = ("gpt2 lora, bf16", "gpt2 bias, bf16")
 RECIPE = """
 model: {{base: '{base}', max_length: {longest}}}
 data: {{train: '{folder}/train.npy', validation: '{folder}/held.npy', test: '{folder}/held.npy', duplicates: allow}}
 method: {method}
 quantization: {quantization}
-training: {{epochs: 2, batch_size: {batch}, gradient_checkpointing: {checkpointing}}}
+training: {{epochs: 2, batch_size: {batch}, gradient_checkpointing: {checkpointing}, precision: {precision}}}
 evaluation: {{every: end}}
 output: {{dir: '{folder}/run', save_every: end, keep: 1, overwrite: true}}
 """
@@ -207,7 +211,7 @@ def measure_peer(folder: pathlib.Path, kind: str) -> dict[str, int]:
     torch.set_num_threads(os.cpu_count() or 1)
     peers.peer_train(
         model, texts, labels, folder=folder / "peer", batch_size=case["batch"], grouped=False, epochs=2,
-        callbacks=[Watch()], gradient_checkpointing=checkpointing,
+        callbacks=[Watch()], gradient_checkpointing=checkpointing, bf16=case["bf16"],
     )  # fmt: skip
     return found
 
@@ -224,12 +228,12 @@ def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
     peers.save_array(folder / "train.npy", *draw_texts(batch, longest, 1))
     peers.save_array(folder / "held.npy", *draw_texts(2, longest, 2))
     facts = {"family": family, "method": method, "bits": bits, "batch": batch, "longest": longest,
-             "checkpointing": checkpointing}  # fmt: skip
+             "checkpointing": checkpointing, "bf16": name in BF16}  # fmt: skip
     (folder / "case.json").write_text(json.dumps({**facts, "base": str(base)}))
     quantization = "null" if bits is None else f"{{bits: {bits}}}"
     text = RECIPE.format(
         base=base, folder=folder, method=method, quantization=quantization, batch=batch, longest=longest,
-        checkpointing=str(checkpointing).lower(),
+        checkpointing=str(checkpointing).lower(), precision="bf16" if name in BF16 else "fp32",
     )  # fmt: skip
     (folder / "recipe.yaml").write_text(text)
     return folder

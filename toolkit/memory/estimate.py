@@ -74,6 +74,7 @@ def estimate(
     chunk_tokens: int = 0,
     streamed: bool = False,
     embedding_on_disk: bool = False,
+    low_frozen: bool = False,
     framework: int = 0,
 ) -> Estimate:
     """Return the largest peak over training steps and evaluations in training.
@@ -90,6 +91,7 @@ def estimate(
         chunk_tokens: Tokens of which that pass holds the states together.
         streamed: Whether blocks whose states are kept, and the token embedding, stay on disk.
         embedding_on_disk: Whether the token embedding does without kept states, too.
+        low_frozen: Whether frozen linear weights lie in memory in low precision (``models.frozen``).
         framework: Bytes that the process holds beside tensors (``framework_bytes``).
     """
     found = []
@@ -103,11 +105,13 @@ def estimate(
         learns = name == "training"
         # Gradients that are added to others, or used at once, do not stay.
         tape = Tape(accumulating=accumulating or training.optimizer_in_backward)
-        held = resident(shape, training=training, quantization=quantization, device=device)
+        held = resident(shape, training=training, quantization=quantization, device=device, low_frozen=low_frozen)
         if kept and streamed:
-            held["weights"] -= on_disk(shape, blocks=shape.frozen - (name == "frozen blocks"))
+            held["weights"] -= on_disk(shape, blocks=shape.frozen, low_frozen=low_frozen)
         elif embedding_on_disk:
             held["weights"] -= on_disk(shape, blocks=0)
+        if name == "frozen blocks" and streamed:
+            held["weights"] += FULL * (shape.block_weights + shape.block_rest)
         if name == "frozen blocks":
             # The states of a chunk are in memory, and no step has made the optimizer's state yet.
             held |= {"embeddings": FULL * chunk_tokens * shape.width, "optimizer": 0}
@@ -123,6 +127,7 @@ def estimate(
             training=learns,
             kept=below,
             kept_bytes=BYTES[training.prefix_cache.dtype],
+            low_frozen=low_frozen and name != "frozen blocks",
         )
         loss = DryRun(shape, batch, setting=setting, tape=tape).forward()
         if learns:
@@ -145,7 +150,12 @@ def _breakdown(tape: Tape, *, framework: int, allocator: int) -> dict[str, int]:
 
 
 def resident(
-    shape: ModelShape, *, training: TrainingSettings, quantization: QuantizationSettings | None, device: str
+    shape: ModelShape,
+    *,
+    training: TrainingSettings,
+    quantization: QuantizationSettings | None,
+    device: str,
+    low_frozen: bool = False,
 ) -> dict[str, int]:
     """Return what lies in memory all the time: weights, quantisation state, optimizer state."""
     keeps = shape.adapters > 0
@@ -157,6 +167,8 @@ def resident(
     buffers = 0 if shape.family.final_norm else 8 * shape.positions
     blocks = shape.layers * shape.block_weights
     packed = blocks * FULL if quantization is None else blocks * quantization.bits // 8
+    if low_frozen:
+        packed -= shape.first_trained * shape.block_weights * FULL // 2
     state = 0 if quantization is None else shape.layers * sum(_scales(shape, quantization))
     # Paged state moves to host memory when the card is full.
     paged = training.optimizer == "paged_adamw_8bit" and device == "cuda"
@@ -164,9 +176,10 @@ def resident(
     return {"weights": whole * FULL + packed + buffers, "quantisation state": state, "optimizer": moments}
 
 
-def on_disk(shape: ModelShape, *, blocks: int) -> int:
-    """Return the bytes of the token embedding and of so many blocks."""
-    return FULL * (shape.embedding_tensors[0] + blocks * (shape.block_weights + shape.block_rest))
+def on_disk(shape: ModelShape, *, blocks: int, low_frozen: bool = False) -> int:
+    """Return the bytes that the token embedding and so many blocks would take in memory."""
+    weights = blocks * shape.block_weights
+    return FULL * (shape.embedding_tensors[0] + weights + blocks * shape.block_rest) - low_frozen * weights * FULL // 2
 
 
 def _scales(shape: ModelShape, settings: QuantizationSettings) -> Iterable[int]:

@@ -176,7 +176,7 @@ class Layers:
             result = tape.record(size, (source,), saves=saves, extra=cast + copy, parameters=own)
         else:
             bias = (layer.fan_out * FULL,) if self.setting.training and self.shape.biases_train else ()
-            result = tape.record(size, (source,), extra=cast, parameters=bias)
+            result = tape.record(size, (source,), extra=0 if self.setting.low_frozen else cast, parameters=bias)
         if not self.adapted:
             return result
         if layer.rank:

@@ -65,6 +65,7 @@ class Setting:
         training: False runs without gradients and dropout.
         kept: Blocks whose states are read instead of computed.
         kept_bytes: Bytes of an element of these states.
+        low_frozen: Whether frozen linear weights need no copy for autocast.
     """
 
     device: str = "cpu"
@@ -74,3 +75,4 @@ class Setting:
     training: bool = True
     kept: int = 0
     kept_bytes: int = 2
+    low_frozen: bool = False

@@ -18,6 +18,7 @@ from toolkit.memory.prefix_rule import (
     CHUNK_TOKENS,
     can_stream,
     embedding_on_disk,
+    frozen_in_low_precision,
     state_bytes,
     worth_keeping,
 )
@@ -44,6 +45,8 @@ def predict(recipe: Recipe, inputs: Inputs, *, device: str, found: int | None = 
     classes = min(wanted or vocabulary, vocabulary) if spoken else 0
     train, validation = (np.minimum(lengths, longest) for lengths in (inputs.train, inputs.validation))
     shape = model_shape(inputs.base.config, recipe, labels=inputs.labels)
+    precision = recipe.training.precision
+    low = device == "cuda" if precision == "auto" else precision != "fp32"
     return estimate(
         shape,
         batches=largest_micro_batches(
@@ -67,12 +70,12 @@ def predict(recipe: Recipe, inputs: Inputs, *, device: str, found: int | None = 
         training=recipe.training,
         quantization=recipe.quantization,
         device=device,
-        low_precision=recipe.training.precision in ("bf16", "fp16")
-        or (recipe.training.precision == "auto" and device == "cuda"),
+        low_precision=low,
         prefix=_prefix(recipe, shape, train, device=device),
         chunk_tokens=min(CHUNK_TOKENS, int(train.sum())),
         streamed=can_stream(recipe),
         embedding_on_disk=embedding_on_disk(recipe, device=device),
+        low_frozen=frozen_in_low_precision(recipe, low_precision=low),
         framework=framework_bytes(recipe, device=device, found=found),
     )
 

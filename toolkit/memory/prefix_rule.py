@@ -47,6 +47,18 @@ def embedding_on_disk(recipe: Recipe, *, device: str) -> bool:
     return not recipe.model.random_init and device == "cpu" and looked_up
 
 
+def frozen_in_low_precision(recipe: Recipe, *, low_precision: bool, processes: int = 1) -> bool:
+    """Return whether frozen linear weights lie in memory in the dtype that autocast multiplies in (``models.frozen``).
+
+    DoRA's norms and PiSSA's start read the weights themselves. A prefix stands in the stock forward. Nothing is frozen
+    for good where everything trains in the end.
+    """
+    method = recipe.method
+    reads = method.name == "lora" and method.variant in ("dora", "pissa")
+    possible = can_stream(recipe) and recipe.objective == "classification" and processes == 1
+    return low_precision and possible and not reads and method.name not in ("full", "gradual", "prefix")
+
+
 def state_bytes(*, tokens: int, rows: int, width: int, dtype: str, pooled: bool) -> int:
     """Return the size of the states: one a token, or one a row if no block is left (``pooled``)."""
     return (rows if pooled else tokens) * width * BYTES[dtype]

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from toolkit.families import OWN_HEAD, family_of
 from toolkit.models.classification_head import give_own_head, pool_padded
 from toolkit.models.flat import pooled_states, runs_flat, suffix_states
+from toolkit.models.frozen import FrozenWeights
 from toolkit.models.streamed import StreamedBlocks
 from toolkit.parameters import trains
 
@@ -40,9 +41,11 @@ class _FlatClassifier:
 
     Attributes:
         streamed: The first blocks, where their weights stay in the base's files; else None.
+        frozen: Linear weights that are read once a method has been applied; else None.
     """
 
     streamed: StreamedBlocks | None = None
+    frozen: FrozenWeights | None = None
 
     def __init__(self: Any, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]

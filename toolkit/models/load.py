@@ -13,6 +13,7 @@ from torch import nn
 from toolkit.config.schema import ProblemType, QuantizationSettings
 from toolkit.families import OWN_HEAD, Family, language_family
 from toolkit.models.base import Base
+from toolkit.models.frozen import FrozenWeights
 from toolkit.models.headers import parse_json
 from toolkit.models.heads import own_head, plain_config
 from toolkit.models.quantize import QuantizedLayers, bitsandbytes_config, check_quantization
@@ -40,6 +41,7 @@ def load_classifier(
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype | None = None,
     streamed: int | None = None,
+    frozen_later: bool = False,
 ) -> PreTrainedModel:
     """Load a base as a sequence classifier in eval mode.
 
@@ -60,6 +62,8 @@ def load_classifier(
         streamed: Blocks, from the first, whose weights stay in the base's files (`models.streamed`), as does the token
             embedding; for float32 alone, without `random_init`; 0 with quantised blocks. None: the whole model is in
             memory.
+        frozen_later: Whether linear weights of the blocks are left for `model.frozen` to load, once a method has been
+            applied; for float32 alone, without `random_init` and quantisation.
 
     Returns:
         The classifier; `name_or_path` is `base.name_or_path`, `use_cache` is off, a pad token is set.
@@ -88,6 +92,8 @@ def load_classifier(
                 layers = QuantizedLayers(model, settings, device)
             if streamed is not None:
                 stream_blocks(model, stored, family=base.family, count=streamed, device=device)
+            if frozen_later:
+                model.frozen = FrozenWeights(model, stored, family=base.family, device=device)
             store = None if layers is None else layers.store
             load_body(model, stored, family=base.family, device=device, dtype=dtype, store=store)
             load_head(model, stored if keeps_head else None, family=base.family, device=device)

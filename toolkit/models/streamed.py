@@ -117,6 +117,8 @@ def load_body(
 ) -> None:
     """Give a classifier on the meta device its body's weights, one after another; streamed ones stay where they are.
 
+    Those that ``model.frozen`` will load get a stand-in.
+
     Args:
         model: The classifier; changed in place.
         stored: Tensors of its base.
@@ -128,14 +130,18 @@ def load_body(
     blocks: StreamedBlocks | None = getattr(model, "streamed", None)
     streamed = 0 if blocks is None else blocks.count
     left = (*(f"{family.blocks}.{number}." for number in range(streamed)), *family.head)
+    later = model.frozen.names if getattr(model, "frozen", None) is not None else ()
     on_disk = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, StoredEmbedding)}
     for name in dict(model.named_parameters()):
         if name.startswith(left) or name in on_disk:
             continue
+        owner, _, leaf = name.rpartition(".")
+        if name in later:
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(model.frozen.stand_in(name)))
+            continue
         value = torch.empty(stored.shape(name), dtype=dtype, device=device)
         stored.read_into(name, value)
         kept = None if store is None else store(name, value)
-        owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value) if kept is None else kept)
     for name, buffer in list(model.named_buffers()):
         # DistilBERT numbers its positions in a buffer that no file holds.

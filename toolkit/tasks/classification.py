@@ -36,6 +36,7 @@ from toolkit.memory.prefix import (
     through_frozen,
 )
 from toolkit.memory.prefix_cache import PrefixCache, PrefixOverflowError
+from toolkit.memory.prefix_rule import frozen_in_low_precision
 from toolkit.models.forward import checkpoint_activations, classify, pooled, unwrapped
 from toolkit.models.load import load_classifier
 from toolkit.report.run_record import PrefixCacheRecord
@@ -45,6 +46,7 @@ from toolkit.training.gemm import use_gemm
 from toolkit.training.objectives import ClassificationObjective
 
 Floats = NDArray[np.float32]
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ClassificationTask:
@@ -102,10 +104,15 @@ class ClassificationTask:
             random_init=recipe.model.random_init,
             device=accelerator.device,
             streamed=streamed_blocks(plan, recipe, accelerator),
+            frozen_later=frozen_in_low_precision(
+                recipe, low_precision=accelerator.mixed_precision in LOW, processes=accelerator.num_processes
+            ),
         )
         self.model = apply_method(
             model, recipe.method, family=base.family, base_name=base.name_or_path, seed=recipe.training.seed
         )
+        if (frozen := unwrapped(self.model).frozen) is not None:
+            frozen.load(unwrapped(self.model), LOW[accelerator.mixed_precision])
         use_gemm(self.model, self._gemm)
         if blocks := recipe.training.recomputed_blocks(base.config[base.family.layers_key]):
             checkpoint_activations(self.model, blocks)
@@ -124,7 +131,8 @@ class ClassificationTask:
         count = int(np.searchsorted(np.cumsum(lengths[order]), TOKENS)) + 1
         batch = self.objective.batch(order[:count], step=0)
         moved = {name: tensor.to(self._accelerator.device) for name, tensor in batch.items()}
-        start_from_data(self.model, lambda: self.objective(moved), seed=seed)
+        with self._accelerator.autocast():
+            start_from_data(self.model, lambda: self.objective(moved), seed=seed)
 
     def fit_head(self) -> int:
         """Fit the head on the features of the training rows (method features); return the tokens that were read."""
@@ -149,12 +157,19 @@ class ClassificationTask:
 
     def judge(self, part: str) -> dict[str, Any]:
         """Return every figure of one part, by the whole model; validation comes first and fits the decision."""
+        self._in_full_precision()
         logits, targets = self._logits(part), self._labels[part]
         if part == "test":
             self._test_logits = logits
         elif self._kind != "regression":
             self._fit_decision(logits, targets)
         return all_figures(logits, targets, problem_type=self._kind, names=self._names, decision=self._decision)
+
+    def _in_full_precision(self) -> None:
+        """End training: what is judged and saved are the base's own weights."""
+        core = unwrapped(self.model)
+        if core.frozen is not None:
+            core.frozen.leave(core)
 
     def _fit_decision(self, logits: Floats, targets: Targets) -> None:
         self._decision, warnings = fit_decision(
@@ -228,6 +243,7 @@ class ClassificationTask:
 
     def save(self, folder: pathlib.Path) -> Kind:
         """Write what stock peft or, for methods without an adapter, stock transformers loads."""
+        self._in_full_precision()
         kind: Kind = "adapter" if leaves_adapter(self._recipe.method) else "model"
         model = self.model
         if kind == "adapter" and self._recipe.model.random_init:
