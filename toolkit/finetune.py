@@ -218,14 +218,14 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     # Evaluation, export, report.
     if accelerator.num_processes == 1:
         # The optimizer's state is not needed any more.
-        del trainer
+        trainer.release()
         accelerator.free_memory()
         runtime.return_freed_memory()
     memory.enter("evaluate")
     metrics: dict[str, Any] = {part: task.judge(part) for part in ("validation", "test") if len(task.tables[part])}
     if not main:
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
+        trainer.release()
+        runtime.end_processes(accelerator)
         return read_run_record(folder.result)
     memory.enter("export")
     artifact = task.save(folder.path)
@@ -260,8 +260,8 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
         environment=environment(device, precision=precision, processes=accelerator.num_processes, gemm=gemm),
     )
     write_reports(record, recipe=recipe, folder=folder, data=data, task=task)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    trainer.release()
+    runtime.end_processes(accelerator)
     return record
 
 

@@ -95,6 +95,17 @@ def build_accelerator(
     return accelerator
 
 
+def end_processes(accelerator: Accelerator) -> None:
+    """Wait for the other processes of a launch, and leave them.
+
+    What DDP made has to be gone before. It would keep the group alive, and end it while it holds Python's lock; the
+    group then waits for its thread, and that thread now and then for the lock: a process that never ends.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
 def seed_everything(seed: int) -> None:
     """Seed torch's generators on every device (the toolkit draws from no other)."""
     import torch

@@ -102,6 +102,10 @@ class Trainer:
         self._load_best()
         return self.progress
 
+    def release(self) -> None:
+        """Let optimizer and wrapped model go; the trainer cannot be used any more."""
+        self._wrapped = self.optimizer = self._in_backward = None
+
     def _timed_step(self) -> float:
         started = time.perf_counter()
         with memory_errors(self._out_of_memory):
