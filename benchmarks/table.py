@@ -46,7 +46,7 @@ REASONS = """
   fastest product, measured in the same run, the arithmetic reaches that a step cannot do without.
 - **oneDNN helps little here.** On a processor with AVX-512 its fp32 products were 1.08 to 1.28 times as fast as MKL's
   (205 against 190 GFLOP/s), on one with AVX2 they took 1.16 times as long. `training.gemm: auto` takes it where it wins
-  by half; when these rows were measured, a fifth was enough, so some may have run with it.
+  by a fifth.
 - **bf16 is what pays where the processor has it**: 394 GFLOP/s. There the tuned peer runs under bf16 autocast, and
   the toolkit's fp32 arms, which keep full precision, are near it; like against like is the arm with `precision: bf16`.
 - **The last block pays for one pass over the frozen blocks.** Five epochs of the peer are five such passes and the

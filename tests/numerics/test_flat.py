@@ -17,10 +17,11 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from toolkit.adapters.apply import apply_method
 from toolkit.config.schema import FullMethod, HeadMethod, LastNMethod, LoraMethod, QuantizationSettings
 from toolkit.families import FAMILIES
+from toolkit.models.cpu_kernels import stepped
 from toolkit.models.flat import prefix_states, runs_flat
 from toolkit.models.forward import checkpoint_activations, classify, frozen_blocks, unwrapped
 from toolkit.models.load import load_classifier
-from toolkit.models.packing import attend_by_run, attend_padded, pack
+from toolkit.models.packing import attend_by_run, attend_padded, attend_widened, pack
 
 FAMILY_NAMES = ["gpt2", "distilbert"]
 STOCK: dict[str, Any] = {
@@ -278,6 +279,58 @@ def test_padded_attention_is_attention_by_run(kind: str) -> None:
         results.append([context.detach(), *torch.autograd.grad(context.square().sum(), leaves)])
     for by_run, in_one in zip(*results, strict=True):
         torch.testing.assert_close(in_one, by_run, atol=1e-6, rtol=3e-6)
+
+
+@pytest.mark.parametrize("kind", ["causal", "both_ways", "one_query"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_widened_attention_is_float32_attention_rounded_once(kind: str, dropout: float) -> None:
+    batch = batch_of((4, 9, 4, 1))
+    _, packing = pack(batch["input_ids"], batch["attention_mask"], pooling="last", in_steps=True)
+    assert packing.filler == 6
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(24, 2, 8, generator=generator).bfloat16() for _ in range(3)]
+    if kind == "one_query":
+        parts[0] = parts[0][packing.pooled]
+    options: dict[str, Any] = {"packing": packing, "causal": kind == "causal", "dropout": dropout, "scale": 0.3}
+    leaves = [part.clone().requires_grad_() for part in parts]
+    twins = [part.float().requires_grad_() for part in parts]
+    torch.manual_seed(1)
+    context = attend_widened(*leaves, **options)
+    torch.manual_seed(1)
+    expected = attend_by_run(*twins, **options)
+    assert context.dtype == torch.bfloat16
+    assert torch.equal(context, expected.bfloat16())
+    state = torch.get_rng_state()
+    got = torch.autograd.grad(context.float().square().sum(), leaves)
+    assert torch.equal(torch.get_rng_state(), state)
+    twin = torch.autograd.grad(expected, twins, 2 * context.detach().float())
+    # The gradient that arrives is rounded to bf16 as well.
+    for one, other in zip(got, twin, strict=True):
+        torch.testing.assert_close(one.float(), other, atol=2e-2, rtol=2e-2)
+
+
+def test_few_row_counts_an_eighth_more_at_most() -> None:
+    found = {rows: stepped(rows) for rows in range(1, 5000)}
+    assert all(rows <= count <= max(rows * 9 / 8, rows + 7) for rows, count in found.items())
+    assert len(set(found.values())) < 60
+
+
+@pytest.mark.parametrize("case", ["full", "last_n", "lora", "head"])
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
+def test_filler_for_onednn_changes_no_loss_and_no_gradient(
+    pico_cache: PicoFolder, base_of: BaseOf, model_type: str, case: str
+) -> None:
+    model = build(base_of(pico_cache(model_type)), CASES[case][0])
+    batch = batch_of(LENGTHS)
+    assert stepped(sum(LENGTHS)) > sum(LENGTHS)
+    for forward in (classify, *([cached] if case in ("last_n", "head") else [])):
+        expected, gradients = loss_and_gradients(model, forward, batch)
+        unwrapped(model).onednn = True
+        loss, got = loss_and_gradients(model, forward, batch)
+        unwrapped(model).onednn = False
+        torch.testing.assert_close(loss, expected, atol=0, rtol=3e-6)
+        wrong = {name: error for name, error in errors(got, gradients).items() if error > 3e-6}
+        assert not wrong
 
 
 def cached(model: Any, batch: Batch) -> torch.Tensor:

@@ -85,8 +85,7 @@ class TrainingSettings(Section):
     )
     gemm: Literal["auto", "default", "onednn"] = Field(
         default="auto",
-        description="Library of fp32 matrix products on a CPU: torch's default, oneDNN, or the one measured faster. "
-        "oneDNN keeps kernels for every length of batch: up to half a GiB more, which toolkit plan does not count.",
+        description="Library of fp32 matrix products on a CPU: torch's default, oneDNN, or the one measured faster.",
     )
     loss: LossSettings = Field(default_factory=LossSettings, description="What is minimised.")
     prefix_cache: PrefixCacheSettings = Field(

@@ -8,6 +8,7 @@ from toolkit.memory.linears import Linear
 from toolkit.memory.microbatch import MicroBatch, Setting
 from toolkit.memory.shape import ModelShape
 from toolkit.memory.tape import Tape, Value
+from toolkit.models.cpu_kernels import WIDENED
 
 FULL = 4  # bytes of a float32
 
@@ -62,13 +63,30 @@ class Layers:
         queries = batch.rows if single else batch.tokens
         size = queries * shape.width * self.low
         training = self.setting.training
-        if training and shape.dropout[2] > 0 and self.setting.device == "cpu":
+        if self._widens():
+            kept = tape.record(size, parts, saves=parts, workspace=self._widened(parts, size, single=single))
+        elif training and shape.dropout[2] > 0 and self.setting.device == "cpu":
             kept = self._attend_plainly(parts, size, single=single)
         else:
             statistics = queries * shape.heads * FULL
             kept = tape.record(size, parts, saves=parts, saves_output=True, extra=statistics)
         # The runs of equally long rows are put together again.
         return self.then(kept, tape.record(size, (kept,)))
+
+    def _widens(self) -> bool:
+        """Return whether attention runs in float32 under autocast (``packing.attend_widened``)."""
+        return self.setting.device == "cpu" and self.setting.low_precision and self.batch.longest <= WIDENED
+
+    def _widened(self, parts: tuple[Value, ...], size: int, *, single: bool) -> int:
+        """Return the float32 copies and gradients, made for the backward pass, of which nothing is kept."""
+        batch, inputs = self.batch, sum(part.size for part in parts)
+        copies = 2 * (inputs + size)
+        if not self.setting.training or not any(part.needs_grad for part in parts):
+            return copies
+        if self.shape.dropout[2] == 0:
+            return copies + 2 * inputs
+        pairs = batch.tokens if single else batch.squares
+        return copies + 3 * pairs * self.shape.heads * FULL
 
     def _attend_plainly(self, parts: tuple[Value, ...], size: int, *, single: bool) -> Value:
         """Attend with the weights spelled out: no flash kernel of the CPU drops weights.

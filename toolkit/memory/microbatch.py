@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from toolkit.models.cpu_kernels import stepped
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -36,6 +38,10 @@ class MicroBatch:
         tokens = self.rows * self.longest
         squares = tokens * (self.longest + before)
         return replace(self, tokens=tokens, squares=squares, largest_run=squares, repeated=tokens)
+
+    def in_steps(self) -> MicroBatch:
+        """Return the sizes with the filler that oneDNN's kernels want (``models.cpu_kernels``)."""
+        return replace(self, tokens=stepped(self.tokens))
 
     @staticmethod
     def of(lengths: Sequence[int], *, targets: int = 0, classes: int = 0) -> MicroBatch:

@@ -64,6 +64,7 @@ def attend_absorbed(
     to_keys, to_values = (weight.view(width, heads, -1) for weight in weights)
     key_bias, value_bias = (bias.view(heads, -1) for bias in biases)
     query = query.view(len(query), heads, -1)
+    tokens = tokens[: len(tokens) - packing.filler]
     if norm is not None:
         tokens = functional.layer_norm(tokens, (width,), eps=norm.eps)
     states = tokens.new_zeros(len(query) * packing.longest, width)

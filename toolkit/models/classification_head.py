@@ -78,7 +78,7 @@ def pool_packed(hidden: Tensor, packing: Packing, *, pooling: Pooling) -> Tensor
     """Return (B, width) of hidden states (N, width), rows in order of length."""
     if pooling in ("last", "first"):
         return hidden.index_select(0, packing.pooled)
-    runs = torch.split(hidden, [rows * length for rows, length in packing.runs])
+    runs = torch.split(hidden, [*(rows * length for rows, length in packing.runs), packing.filler])[:-1]
     shaped = [run.view(rows, length, -1) for run, (rows, length) in zip(runs, packing.runs, strict=True)]
     return torch.cat([run.mean(1) if pooling == "mean" else run.amax(1) for run in shaped])
 

@@ -57,7 +57,7 @@ def pooled_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
         attention_mask: (B, T), 1 for real tokens; None means that all are real.
     """
     family, flat = _families(model)
-    ids, packing = pack(input_ids, attention_mask, pooling=family.pooling)
+    ids, packing = pack(input_ids, attention_mask, pooling=family.pooling, in_steps=_by_onednn(model, input_ids))
     [hidden] = _run(model, [flat.embed(model, ids, packing)], [packing], range(len(_blocks(model))))
     return _pooled(hidden, packing, family)
 
@@ -72,7 +72,7 @@ def token_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, po
         positions: (P,) int64, places of real tokens in B * T.
     """
     family, flat = _families(model)
-    ids, packing = pack(input_ids, attention_mask, pooling=family.pooling)
+    ids, packing = pack(input_ids, attention_mask, pooling=family.pooling, in_steps=_by_onednn(model, input_ids))
     [hidden] = _run(model, [flat.embed(model, ids, packing)], [packing], range(len(_blocks(model))), pooled=False)
     length = input_ids.shape[1]
     rows = packing.row_of[positions // length]
@@ -91,11 +91,15 @@ def prefix_states(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, 
         blocks: How many, from the first.
     """
     family, flat = _families(model)
-    packed = [pack(batch["input_ids"], batch["attention_mask"], pooling=family.pooling) for batch in batches]
+    packed = [
+        pack(ids, batch["attention_mask"], pooling=family.pooling, in_steps=_by_onednn(model, ids))
+        for batch in batches
+        for ids in [batch["input_ids"]]
+    ]
     packings = [packing for _, packing in packed]
     states = _run(model, [flat.embed(model, *one) for one in packed], packings, range(blocks))
     if blocks < len(_blocks(model)):
-        return states
+        return [hidden[: len(hidden) - packing.filler] for hidden, packing in zip(states, packings, strict=True)]
     return [_pooled(hidden, packing, family) for hidden, packing in zip(states, packings, strict=True)]
 
 
@@ -111,7 +115,9 @@ def suffix_states(model: nn.Module, states: Tensor, lengths: Tensor, *, blocks: 
     if blocks == len(_blocks(model)):
         return states
     family, _ = _families(model)
-    packing, _ = lay_out(lengths, pooling=family.pooling)
+    packing, _ = lay_out(lengths, pooling=family.pooling, in_steps=_by_onednn(model, states))
+    if packing.filler:
+        states = functional.pad(states, (0, 0, 0, packing.filler))
     [hidden] = _run(model, [states], [packing], range(blocks, len(_blocks(model))))
     return _pooled(hidden, packing, family)
 
@@ -142,6 +148,11 @@ def _pooled(hidden: Tensor, packing: Packing, family: Family) -> Tensor:
     """Return (B, width) in the order of the batch, of what ``_run`` made of all blocks."""
     rows = hidden if family.pools_one else pool_packed(hidden, packing, pooling=family.pooling)
     return rows.index_select(0, packing.row_of)
+
+
+def _by_onednn(model: Any, batch: Tensor) -> bool:
+    """Return whether oneDNN multiplies: chosen for fp32 (``training.gemm``), or autocast, on a CPU."""
+    return batch.device.type == "cpu" and (torch.is_autocast_enabled("cpu") or getattr(model, "onednn", False))
 
 
 def _in_memory(model: Any, number: int) -> AbstractContextManager[None]:

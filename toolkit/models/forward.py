@@ -42,10 +42,12 @@ class _FlatClassifier:
     Attributes:
         streamed: The first blocks, where their weights stay in the base's files; else None.
         frozen: Linear weights that are read once a method has been applied; else None.
+        onednn: Whether oneDNN multiplies fp32 matrices (``training.gemm``).
     """
 
     streamed: StreamedBlocks | None = None
     frozen: FrozenWeights | None = None
+    onednn: bool = False
 
     def __init__(self: Any, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
