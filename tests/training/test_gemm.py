@@ -69,7 +69,7 @@ def test_both_libraries_give_the_same_logits_and_gradients(
     assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize(("gain", "chosen"), [(0.8, "default"), (1.3, "default"), (2.0, "onednn")])
+@pytest.mark.parametrize(("gain", "chosen"), [(0.8, "default"), (1.1, "default"), (2.0, "onednn")])
 @needs_onednn
 def test_the_faster_one_is_chosen_once_for_a_machine(
     gain: float, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
