@@ -69,7 +69,9 @@ def test_from_recipe_to_merged_model(
     assert "AutoModel" not in card
     assert "The head is " in card
     assert "The head is " in (run / "report.html").read_text()
-    assert plan["peak_bytes"] == pytest.approx(result["memory"]["predicted_bytes"], rel=0.5)
+    # The framework's share is what this process holds after all the tests before.
+    planned, predicted = ({**parts, "framework": 0} for parts in (plan["breakdown"], result["memory"]["predicted"]))
+    assert planned == pytest.approx(predicted, rel=1e-6)
     live = Classifier.load(run, device="cpu").logits(TEXTS)
     assert main(["merge", str(run), "-o", str(tmp_path / "merged")]) == 0
     assert "the toolkit's own" in capsys.readouterr().out
