@@ -27,8 +27,7 @@ does by hand, and what it costs, not which one is best after a full training. Ti
 other work beside: read them as orders of magnitude. TF-IDF has seen all training rows, the runs about as many texts as
 their steps hold.
 
-LoRA on gpt2-mini took 488 MiB with `training.gemm: default` and 994 MiB with `onednn`, in 150 steps each: rows some 500
-MiB above their neighbours are likely those in which `auto`, the default, measured oneDNN as the faster one.
+Toolkit's rows of the embedded bases ran on one thread, where `training.gemm: auto` measured oneDNN as the faster one.
 """
 TABLE = """
 ## {data}, {base}

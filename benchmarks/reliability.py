@@ -40,7 +40,15 @@ from damage import (  # noqa: E402
 from forked import ROOT, Server  # noqa: E402
 from fuzz import TARGETS, fuzzed, write_targets  # noqa: E402
 from injections import PLACES, diverged, out_of_memory  # noqa: E402
-from kills import early_signals, injected_kills, injected_signals, launcher_signal, random_kills, timed_kills  # noqa: E402
+from kills import (  # noqa: E402
+    early_signals,
+    injected_kills,
+    injected_signals,
+    killed_merges,
+    launcher_signal,
+    random_kills,
+    timed_kills,
+)
 from merging import altered_adapters, forced, merges, wrong_bases  # noqa: E402
 from reliability_peer import peer_adapters, peer_bases, peer_damage, peer_divergence, peer_kills  # noqa: E402
 from world import SETTINGS, Trial, failures  # noqa: E402
@@ -92,6 +100,9 @@ def kill_points(soak: Soak) -> list[Trial]:
     for setting in SETTINGS[1:4]:
         soak.keep(trials)
         trials += injected_kills(soak.server, soak.place(), setting, points=soak.every(8))
+    for setting in SETTINGS[:4]:
+        soak.keep(trials)
+        trials += killed_merges(soak.server, soak.place(), setting, points=soak.every(1))
     return trials
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 import stat
 
 import pytest
@@ -42,6 +43,19 @@ def test_a_folder_that_appears_meanwhile_is_kept(tmp_path: pathlib.Path) -> None
     with pytest.raises(OutputError, match="cannot be made"):
         lose_the_race()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+def test_what_a_living_process_stages_is_left_alone(tmp_path: pathlib.Path) -> None:
+    (tmp_path / ".out-staged-old").mkdir()
+    (tmp_path / ".out-staged-old" / "part").write_text("left by a kill")
+    (tmp_path / ".other-staged-old").mkdir()
+    with staged_folder(tmp_path / "out") as first:
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".other-staged-old", first.name]
+        with staged_folder(tmp_path / "out") as second:
+            assert first.exists()
+            (second / "a").write_text("x")
+        shutil.rmtree(tmp_path / "out")
+    assert (tmp_path / "out").is_dir()
 
 
 def test_an_empty_folder_may_be_filled(tmp_path: pathlib.Path) -> None:

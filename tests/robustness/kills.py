@@ -58,6 +58,34 @@ def injected_kills(server: Server, world: Path, setting: Setting, *, points: sli
     return trials
 
 
+def killed_merges(server: Server, world: Path, setting: Setting, *, points: slice) -> list[Trial]:
+    """Kill a merge before each of its changes on disk, and give the same command again."""
+    write_world(world, setting)
+    assert server.run(*TRAIN, cwd=world).code == 0
+    plain = server.run("merge", "run", "-o", "out/plain", cwd=world, watch=world)
+    assert plain.code == 0, plain.output
+    trials = []
+    for at in range(1, len(plain.events) + 1)[points]:
+        command = ("merge", "run", "-o", f"out/killed-{at}")
+        killed = server.run(*command, cwd=world, watch=world, at=at, signals=[signal.SIGKILL])
+        whole = (world / "out" / f"killed-{at}").exists()
+        again = server.run(*command, cwd=world)
+        failure = "" if killed.code == -signal.SIGKILL else f"was not killed: {killed.code} {killed.output[-300:]}"
+        # Killed behind the rename it is there, and the command says so.
+        failure = failure or ("" if again.code == (2 if whole else 0) else f"exit {again.code}: {again.output[-500:]}")
+        if not failure and _files(world / "out" / f"killed-{at}") != _files(world / "out" / "plain"):
+            failure = "differs from a merge that was not killed"
+        if left := [path.name for path in (world / "out").glob(f".killed-{at}-*")]:
+            failure = failure or f"left {left}"
+        case = f"{setting.name}: SIGKILL in a merge before event {at}, {plain.events[at - 1]}"
+        trials.append(Trial("P2", case, failure))
+    return trials
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
+
+
 def injected_signals(
     server: Server, world: Path, setting: Setting, *, cases: list[tuple[float, int, int]]
 ) -> list[Trial]:

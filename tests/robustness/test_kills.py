@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 from forked import Server
-from kills import early_signals, injected_kills, injected_signals, launcher_signal, random_kills, timed_kills
+from kills import (
+    early_signals,
+    injected_kills,
+    injected_signals,
+    killed_merges,
+    launcher_signal,
+    random_kills,
+    timed_kills,
+)
 from world import SETTINGS, Setting, failures
 
 # Wall time on a machine that others use; the processor time is about a minute in all.
@@ -35,6 +43,12 @@ def test_p1_killed_anywhere(server: Server, tmp_path: Path, setting: Setting) ->
 def test_p2_killed_at_a_write(server: Server, tmp_path: Path, setting: Setting) -> None:
     print("seed", SEED)
     trials = injected_kills(server, tmp_path, setting, points=slice(1 + SEED % 20, None, 20))
+    assert len(trials) >= 7
+    assert failures(trials) == []
+
+
+def test_p2_a_merge_killed_at_a_write(server: Server, tmp_path: Path) -> None:
+    trials = killed_merges(server, tmp_path, SETTINGS[0], points=slice(None, None, 2))
     assert len(trials) >= 7
     assert failures(trials) == []
 

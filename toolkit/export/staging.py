@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import pathlib
 import shutil
@@ -11,6 +12,9 @@ from collections.abc import Iterator
 
 from toolkit.durable import flush, umask
 from toolkit.errors import OutputError, Problem
+
+# Between the name of the output and what makes a staging folder's name its own.
+STAGED = "-staged-"
 
 
 def check_output(output: pathlib.Path, *, inside_of: pathlib.Path | None = None) -> None:
@@ -47,19 +51,23 @@ def check_space(output: pathlib.Path, *, needed: int) -> None:
 def staged_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yield an empty folder beside ``output``; when the block ends well it becomes ``output``, else it is removed.
 
+    What a killed process left under the same name, gigabytes of a merge perhaps, goes first.
+
     Raises:
         OutputError: If the folder cannot be made, or ``output`` appeared meanwhile.
         OSError: If the disk is full.
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        staging = pathlib.Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+        _remove_abandoned(output)
+        staging = pathlib.Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}{STAGED}"))
     except OSError as error:
         wrong, right = f"cannot be made: {error.strerror}", "a folder that you may write"
         raise OutputError(Problem(str(output), "output", wrong, right)) from error
     try:
         staging.chmod(0o777 & ~umask())
-        yield staging
+        with _held(staging):
+            yield staging
         for path in staging.iterdir():
             flush(path)
         flush(staging)
@@ -72,3 +80,29 @@ def staged_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _remove_abandoned(output: pathlib.Path) -> None:
+    """Remove the staging folders of an output that no living process holds."""
+    for folder in output.parent.glob(f".{glob.escape(output.name)}{STAGED}*"):
+        with contextlib.suppress(OSError), _held(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: pathlib.Path) -> Iterator[None]:
+    """Hold the lock of a folder, which ends with the process.
+
+    Raises:
+        BlockingIOError: If another process holds it, or nothing can be locked here.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; there nothing counts as abandoned.
+        raise BlockingIOError from None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
