@@ -23,7 +23,8 @@ STAGED = (
     "recipe.yaml", "result.json", "metrics.jsonl", "split.json", "report.html", "README.md", "curves.png",
     "confusion.png", "memory.png", "predictions.csv", "adapter", "model",
 )  # fmt: skip
-LEFTOVER = re.compile(rf"\.{{1,2}}({'|'.join(map(re.escape, STAGED))})(-[a-z0-9_]{{8}}){{1,2}}")
+# Of a file, and of a folder.
+LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, STAGED))})(-staged)?-[a-z0-9_]{{8}}")
 
 
 @dataclass(frozen=True)

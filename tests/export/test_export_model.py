@@ -13,7 +13,7 @@ from trained import LABELS, train
 
 from toolkit.config.schema import FullMethod, ModelSettings
 from toolkit.data.tokenize import load_tokenizer
-from toolkit.errors import ModelError, OutputError
+from toolkit.errors import ModelError
 from toolkit.export.model import copy_tokenizer, save_model
 from toolkit.models.base import resolve_base
 from toolkit.models.load import load_language_model
@@ -67,16 +67,11 @@ def test_the_config_tells_no_old_stories(pico_cache: PicoFolder, tmp_path: Path)
     assert str(pico_cache("gpt2")) not in (tmp_path / "m" / "config.json").read_text(encoding="utf-8")
 
 
-def test_an_existing_folder_is_kept(pico_cache: PicoFolder, tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_missing_is_named(pico_cache: PicoFolder, tmp_path: Path) -> None:
     base = resolve_base(ModelSettings(base=str(pico_cache("gpt2")), max_length=8))
     model = train(base, method=FullMethod(name="full"), quantization=None)
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "mine").write_text("x")
-    with pytest.raises(OutputError, match="exists already"):
-        save_model(model, tmp_path / "m", tokenizer_from=base.path)
     with pytest.raises(ModelError, match="tokenizer: missing"):
-        save_model(model, tmp_path / "n", tokenizer_from=tmp_path / "m")
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+        save_model(model, tmp_path / "m", tokenizer_from=tmp_path)
 
 
 @pytest.mark.parametrize("settings", [None, {}, {"pad_token": None}, {"pad_token": "<pad>"}])

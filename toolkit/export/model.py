@@ -12,7 +12,7 @@ import torch
 from toolkit.durable import room_on_disk
 from toolkit.errors import ModelError, Problem
 from toolkit.export.artifact import ArtifactFacts
-from toolkit.export.staging import check_output, check_space, staged_folder
+from toolkit.export.staging import check_space
 from toolkit.export.stream import DTYPES, MAX_SHARD_BYTES, Content, Read, Shapes, write_tensors
 from toolkit.families import OWN_HEAD, OWN_TYPE
 
@@ -49,38 +49,30 @@ def save_model(
     dtype: str = "fp32",
     max_length: int | None = None,
 ) -> None:
-    """Write a trained classifier or language model to a new folder, whole or not at all.
+    """Write a trained classifier or language model into ``folder``.
 
-    The manifest is the caller's to add with ``write_manifest``.
+    The manifest is the caller's to add with ``write_manifest``, and that the folder appears whole or not at all.
 
     Args:
         model: A transformers model whose weights are not quantised.
-        folder: Must not exist, or be empty.
+        folder: Is empty, or missing.
         read: Gives the tensors that the model holds on the meta device; None where there are none.
         tokenizer_from: Folder whose tokenizer files are copied.
         dtype: ``fp32``, ``bf16`` or ``fp16``.
         max_length: Tokens that a stock pipeline truncates to; None leaves the tokenizer's own limit.
 
     Raises:
-        OutputError: If the folder exists or the disk lacks the space.
+        OutputError: If the disk lacks the space.
         ModelError: If ``tokenizer_from`` holds no tokenizer.
         ToolkitError: If a tensor is not finite.
     """
-    check_output(folder)
     tensors = model.state_dict()
 
     def content(name: str) -> Content:
         return read(name) if read is not None and tensors[name].is_meta else tensors[name]
 
-    with staged_folder(folder) as staging:
-        write_model_files(
-            staging,
-            model,
-            content,
-            tokenizer_from=tokenizer_from,
-            dtype=dtype,
-            max_length=max_length,
-        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model_files(folder, model, content, tokenizer_from=tokenizer_from, dtype=dtype, max_length=max_length)
 
 
 def write_model_files(
