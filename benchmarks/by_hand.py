@@ -187,6 +187,32 @@ def fit(recipe: Any, base: pathlib.Path, rows: dict[str, Rows], tokenizer: Any) 
     return {"right": right.astype(int).tolist(), "seconds": seconds, "peak_bytes": peak, "trainable": weights}
 
 
+def ask(recipe: Any, base: pathlib.Path, data: Any, tokenizer: Any) -> dict[str, Any]:
+    """Method zero_shot: the stock language model's logits of the labels' words behind each prompt."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    words = [recipe.method.words.get(name, name) for name in data.label_map.names]
+    ids = [tokenizer(f" {word}")["input_ids"][0] for word in words]
+    either = ", ".join(words[:-1]) + f" or {words[-1]}"
+    question = recipe.method.prompt.replace("{words}", either)
+    room = recipe.model.max_length - len(tokenizer(question.replace("{text}", ""))["input_ids"])
+    started, right = time.perf_counter(), []
+    texts = data.test.texts.to_pylist()
+    for first in range(0, len(texts), 32):
+        cut = tokenizer(texts[first : first + 32], truncation=True, max_length=room)["input_ids"]
+        prompts = [question.replace("{text}", text) for text in tokenizer.batch_decode(cut)]
+        batch = tokenizer(prompts, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            hidden = model.transformer(**batch).last_hidden_state
+            last = hidden[torch.arange(len(hidden)), batch["attention_mask"].sum(1) - 1]
+            answers = model.lm_head(last)[:, ids].argmax(-1).numpy()
+        right.extend(answers == data.test.labels[first : first + 32])
+    peak = runtime.peak_memory(torch.device("cpu"))["rss"]
+    return {
+        "right": np.array(right).astype(int).tolist(), "seconds": time.perf_counter() - started, "peak_bytes": peak,
+        "trainable": 0,
+    }  # fmt: skip
+
+
 def train(recipe: Any, folder: pathlib.Path) -> dict[str, Any]:
     from toolkit.models.base import resolve_base
 
@@ -201,6 +227,8 @@ def train(recipe: Any, folder: pathlib.Path) -> dict[str, Any]:
     if recipe.method.name == "features":
         return fit(recipe, base, rows, tokenizer)
     assert data.label_map is not None
+    if recipe.method.name == "zero_shot":
+        return ask(recipe, base, data, tokenizer)
     model = build(recipe, base, len(data.label_map.names), rows["train"], tokenizer)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), max_steps=training.max_steps, per_device_train_batch_size=training.batch_size,

@@ -34,6 +34,7 @@ HERE = pathlib.Path(__file__).parent
 ARMS = ("toolkit", "by hand")
 # What a recipe says of the method, its learning rate on GPT-2 and on DistilBERT, and whether the twin exists.
 METHODS: dict[str, tuple[str, float, float, bool]] = {
+    "zero-shot": ('method: {name: zero_shot, prompt: "{text}\\n\\nThis text is {words}:"}', 0.0, 0.0, True),
     "features": ("method: {name: features}", 1e-3, 1e-3, True),
     "head": ("method: {name: head}", 5e-3, 5e-3, True),
     "last block": ("method: {name: last_n, n: 1}", 5e-4, 5e-4, True),
@@ -92,7 +93,7 @@ def run(name: str, *, data: str, base: str, work: pathlib.Path, prefix: list[str
     _, base_name, method, arm = name.split("/")
     text, on_gpt2, on_distilbert, _ = METHODS[method]
     steps = STEPS.get(base_name, STEPS["encoder"])
-    if method == "features":
+    if method in ("features", "zero-shot"):
         steps = 1
     rate = on_gpt2 if "gpt2" in base_name else on_distilbert
     with tempfile.TemporaryDirectory(dir=work) as folder:

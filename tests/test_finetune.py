@@ -441,7 +441,7 @@ def test_frozen_blocks_that_stay_on_disk_change_no_bit(recipe_file, tmp_path, fa
     assert set(reads) == set(range(blocks))
     reads.clear()
     monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path / "two"))
-    monkeypatch.setattr("toolkit.tasks.classification.streamed_blocks", lambda *_: None)
+    monkeypatch.setattr("toolkit.tasks.classification.streamed_blocks", lambda *_, **__: None)
     whole = finetune(load_recipe(path, [gemm, f"output.dir={tmp_path / 'whole'}"]))
     assert not reads
     kind = streamed["artifact"]["kind"]
@@ -463,7 +463,7 @@ def test_a_token_embedding_that_stays_on_disk_changes_no_bit(recipe_file, tmp_pa
     stored = finetune(load_recipe(path, [*common, f"output.dir={tmp_path / 'stored'}"]))
     assert len(reads) >= stored["steps"]
     reads.clear()
-    monkeypatch.setattr("toolkit.tasks.classification.streamed_blocks", lambda *_: None)
+    monkeypatch.setattr("toolkit.tasks.classification.streamed_blocks", lambda *_, **__: None)
     whole = finetune(load_recipe(path, [*common, f"output.dir={tmp_path / 'whole'}"]))
     assert not reads
     kind = stored["artifact"]["kind"]

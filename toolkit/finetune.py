@@ -17,10 +17,11 @@ from typing import Any
 from toolkit.adapters.fit import check_method
 from toolkit.config.chain import recipe_before
 from toolkit.config.load import pointing_into
-from toolkit.config.methods import leaves_adapter
+from toolkit.config.methods import ZeroShotMethod, leaves_adapter
 from toolkit.config.schema import OutputSettings, Recipe
 from toolkit.data.pairs import load_rows
 from toolkit.data.parts import LoadedData
+from toolkit.data.prompt import build_prompt
 from toolkit.data.splits import save_split
 from toolkit.data.tokenize import load_tokenizer
 from toolkit.errors import OutputError, Problem, RecipeError
@@ -114,6 +115,12 @@ def check_fit(recipe: Recipe, data: LoadedData, base: Base) -> None:
         right = f"one for each of {', '.join(labels.names[:20])}"
         raise RecipeError(Problem("", "training.loss.class_weights", f"{len(weights)} weights", right))
     check_decision(recipe, validation=len(data.validation), labels=0 if labels is None else len(labels.names))
+    if isinstance(recipe.method, ZeroShotMethod) and labels is not None:
+        if data.train.token_ids is not None:
+            wrong = "zero_shot puts a prompt around texts, and the data are token ids"
+            raise RecipeError(Problem("", "method.name", wrong, "a table of texts, or another method"))
+        tokenizer = load_tokenizer(base.path, kind=base.family.tokenizer)
+        build_prompt(recipe.method, labels.names, tokenizer, max_length=recipe.model.max_length)
     for name, part in data.parts.items():
         if part.token_ids is not None:
             where = getattr(recipe.data, name) or recipe.data.source or recipe.data.train

@@ -143,12 +143,19 @@ def absent(library: str, *questions: str) -> Iterator[None]:
         return
     # Python's own word for a module that cannot be imported; libraries then do without.
     sys.modules[library] = None  # type: ignore[assignment]
+    _ask_again(questions)
     try:
         yield
     finally:
         del sys.modules[library]
-        for question in questions:
-            module, _, name = question.rpartition(".")
+        _ask_again(questions)
+
+
+def _ask_again(questions: tuple[str, ...]) -> None:
+    """Make functions forget what they said, be it to the program that calls this one."""
+    for question in questions:
+        module, _, name = question.rpartition(".")
+        if module in sys.modules:
             getattr(sys.modules[module], name).cache_clear()
 
 

@@ -285,7 +285,7 @@ def test_79_wrong_tokenizer_folders(tmp_path: Path, make: Callable[[Path], None]
 class Counting:
     """A backend that counts its calls."""
 
-    vocab_size, sha256 = 256, "0" * 64
+    vocab_size, sha256, behind = 256, "0" * 64, ()
 
     def __init__(self) -> None:
         self.calls = 0

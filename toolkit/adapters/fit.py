@@ -9,11 +9,13 @@ from toolkit.adapters.freeze import trained_blocks
 from toolkit.adapters.methods import adapted_blocks, target_modules
 from toolkit.config.methods import (
     FeaturesMethod,
+    FittedMethod,
     FreezingMethod,
     LayeredMethod,
     Method,
     PrefixMethod,
     TargetedMethod,
+    ZeroShotMethod,
 )
 from toolkit.errors import Problem, RecipeError
 from toolkit.families import Family
@@ -42,9 +44,12 @@ def check_method(
         adapted_blocks(method, blocks=blocks)
     if isinstance(method, FreezingMethod):
         trained_blocks(method, blocks=blocks)
-    if isinstance(method, FeaturesMethod) and family.own_head:
-        wrong = "features is fitted into the architecture's own head"
+    if isinstance(method, FittedMethod) and family.own_head:
+        wrong = f"{method.name} writes the architecture's own head"
         raise RecipeError(Problem("", "model.head", wrong, "model.head: null, or method head"))
+    if isinstance(method, ZeroShotMethod) and not family.takes_cache:
+        wrong = f"zero_shot asks a model that writes, and {family.model_type} fills gaps"
+        raise RecipeError(Problem("", "method.name", wrong, "a GPT-2 base, or method features"))
     if isinstance(method, FeaturesMethod) and len(family.head) == 2 and 2 * labels > config[family.width_key]:
         # The rectifier between the head's layers is passed by two units a label.
         wrong = f"{labels} labels need {2 * labels} units of a head of {config[family.width_key]}"

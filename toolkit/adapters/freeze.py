@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from toolkit.config.methods import (
     BiasMethod,
-    FeaturesMethod,
+    FittedMethod,
     FreezingMethod,
     FullMethod,
     GradualMethod,
     HeadMethod,
+    ZeroShotMethod,
 )
 from toolkit.errors import CapabilityError, Problem, RecipeError
 from toolkit.families import Family
@@ -33,6 +34,8 @@ def trained_prefixes(method: FreezingMethod, family: Family, *, blocks: int) -> 
     """
     if isinstance(method, FullMethod | BiasMethod):
         return ("",)
+    if isinstance(method, ZeroShotMethod):
+        return ()
     count = trained_blocks(method, blocks=blocks)
     if count == 0:
         return family.head
@@ -47,7 +50,7 @@ def trained_blocks(method: FreezingMethod, *, blocks: int) -> int:
     Raises:
         RecipeError: More than there are.
     """
-    if isinstance(method, HeadMethod | FeaturesMethod):
+    if isinstance(method, HeadMethod | FittedMethod):
         return 0
     if isinstance(method, FullMethod | BiasMethod):
         return blocks

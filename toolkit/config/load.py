@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from toolkit.config.document import Document, Path, parse_yaml
+from toolkit.config.methods import FittedMethod
 from toolkit.config.problems import dotted, explain, locate
 from toolkit.config.rules import broken_rules
 from toolkit.config.schema import Recipe
@@ -65,7 +66,7 @@ def _validate(recipe: Document, documents: dict[Path, Document]) -> Recipe:
             Problem(locate(rule.path, documents, recipe), dotted(rule.path), rule.wrong, rule.right) for rule in broken
         )
     if checked.training.epochs is None and checked.training.max_steps is None:
-        length = {"max_steps": 1} if checked.method.name == "features" else {"epochs": DEFAULT_EPOCHS}
+        length = {"max_steps": 1} if isinstance(checked.method, FittedMethod) else {"epochs": DEFAULT_EPOCHS}
         training = checked.training.model_copy(update=length)
         checked = checked.model_copy(update={"training": training})
     return checked

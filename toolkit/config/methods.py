@@ -46,6 +46,23 @@ class FeaturesMethod(Section):
     )
 
 
+class ZeroShotMethod(Section):
+    """Train nothing: a prompt asks the base what each text is, and the word it would go on with is the answer.
+
+    GPT-2 alone (Radford et al. 2019, "Language models are unsupervised multitask learners"). Labels serve for figures.
+    """
+
+    name: Literal["zero_shot"]
+    prompt: Annotated[str, Field(min_length=1, max_length=10_000)] = Field(
+        default='Text: "{text}"\n\nIs this text {words}? Answer:',
+        description="What the base reads: {text} once, and a question behind it; {words} becomes the words of all "
+        "labels. The answer's word follows with a space.",
+    )
+    words: dict[Name, Name] = Field(
+        default={}, description="The word that stands for a label, one token of the base; unnamed: the label itself."
+    )
+
+
 class LastNMethod(Section):
     """Train the last n blocks, the final norm and the head."""
 
@@ -161,6 +178,7 @@ Method = Annotated[
     FullMethod
     | HeadMethod
     | FeaturesMethod
+    | ZeroShotMethod
     | LastNMethod
     | GradualMethod
     | BiasMethod
@@ -172,7 +190,9 @@ Method = Annotated[
     | LnTuningMethod,
     Field(discriminator="name"),
 ]
-FreezingMethod = FullMethod | HeadMethod | FeaturesMethod | LastNMethod | GradualMethod | BiasMethod
+# No step is taken: the head is solved for, or read out of the base.
+FittedMethod = FeaturesMethod | ZeroShotMethod
+FreezingMethod = FullMethod | HeadMethod | FittedMethod | LastNMethod | GradualMethod | BiasMethod
 # Those that peft puts beside the base, which may then be quantised.
 AdapterMethod = LoraMethod | AdaloraMethod | VeraMethod | Ia3Method | PrefixMethod | LnTuningMethod
 # Of those, the ones that change chosen linear layers, and the ones that can leave the lower blocks out.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toolkit.config.features_rules import FEATURES_RULES
+from toolkit.config.fitted_rules import FITTED_RULES
 from toolkit.config.label_rules import LABEL_RULES
 from toolkit.config.language_rules import LANGUAGE_RULES
 from toolkit.config.methods import AdaloraMethod, GradualMethod, LoraMethod, leaves_adapter
@@ -148,5 +148,5 @@ RULES = (
 
 def broken_rules(recipe: Recipe) -> list[Rule]:
     """Return every rule that ``recipe`` breaks, in the order of the tables."""
-    tables = (*RULES, *LABEL_RULES, *FEATURES_RULES, *LANGUAGE_RULES)
+    tables = (*RULES, *LABEL_RULES, *FITTED_RULES, *LANGUAGE_RULES)
     return [rule for rule in tables if rule.broken(recipe)]

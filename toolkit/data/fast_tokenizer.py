@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,6 +28,9 @@ class FastBackend:
         self._tokenizer = tokenizer
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.sha256 = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+        probe = tokenizer.encode("a")
+        added = list(itertools.takewhile(bool, reversed(probe.special_tokens_mask)))
+        self.behind = tuple(probe.ids[len(probe.ids) - len(added) :])
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, special tokens added."""

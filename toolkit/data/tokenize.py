@@ -31,6 +31,8 @@ class Backend(Protocol):
 
     vocab_size: int
     sha256: str
+    # Ids that stand behind every text, and stay where one is cut.
+    behind: tuple[int, ...]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, special tokens added where the kind has them."""
@@ -74,7 +76,7 @@ class Tokenizer:
         return self.backend.sha256
 
     def encode(self, texts: pa.ChunkedArray | Iterable[str], *, max_length: int | None) -> Encoded:
-        """Return the ids of every text; what is cut off comes from its end, a closing [SEP] stays.
+        """Return the ids of every text; what is cut off comes from the text's end, and what stands behind it stays.
 
         Args:
             texts: Arrow strings or any iterable, read in chunks.
@@ -86,13 +88,11 @@ class Tokenizer:
         for rows in self._encoded(_chunks(texts)):
             ids, lengths = array("i"), array("q")
             truncated = dropped = 0
+            behind = self.backend.behind
             for row in rows:
-                extra = 0 if max_length is None else len(row) - max_length
-                if extra > 0:
+                if max_length is not None and (extra := len(row) - max_length) > 0:
                     truncated, dropped = truncated + 1, dropped + extra
-                    row[max_length:] = []
-                    if self.kind == "wordpiece":
-                        row[-1] = self.special["sep"]
+                    row[max_length - len(behind) :] = behind
                 ids.extend(row)
                 lengths.append(len(row))
             table = TokenTable.from_lengths(np.frombuffer(ids, dtype=np.int32), np.frombuffer(lengths, dtype=np.int64))

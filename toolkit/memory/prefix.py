@@ -103,13 +103,21 @@ def plan_prefixes(
     return PrefixPlan(blocks, pooled, width, dtype, keys)
 
 
-def streamed_blocks(plan: PrefixPlan | None, recipe: Recipe, accelerator: Accelerator) -> int | None:
+def streamed_blocks(plan: PrefixPlan | None, recipe: Recipe, accelerator: Accelerator, *, blocks: int) -> int | None:
     """Return how many blocks, from the first, stay on disk beside the token embedding; None: not even that.
 
     Several processes want whole models.
+
+    Args:
+        plan: What is kept of the frozen blocks' states.
+        recipe: All settings.
+        accelerator: Processes and device.
+        blocks: Of the model.
     """
     if accelerator.num_processes > 1:
         return None
+    if recipe.method.name == "zero_shot" and can_stream(recipe):
+        return blocks
     if plan is not None and can_stream(recipe):
         return plan.blocks
     return 0 if embedding_on_disk(recipe, device=accelerator.device.type) else None

@@ -26,6 +26,8 @@ def worth_keeping(recipe: Recipe, *, blocks: int, rows: int) -> bool:
     if recipe.method.name == "features":
         # The next fit on the same texts finds them.
         return True
+    if recipe.method.name == "zero_shot":
+        return False
     if training.epochs is not None:
         return training.epochs > 1
     return (training.max_steps or 0) * training.batch_size * training.gradient_accumulation_steps > rows

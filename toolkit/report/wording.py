@@ -14,6 +14,11 @@ METHODS = {
         "logistic regression on features",
         "the base stayed frozen, and logistic regression on its features became the classification head",
     ),
+    "zero_shot": (
+        "zero-shot prompt",
+        "nothing was trained: the base reads a prompt around each text, and the classification head holds its own "
+        "embeddings of the labels' words",
+    ),
     "gradual": (
         "gradual unfreezing",
         "the classification head was trained first, then one block more at a time from the top; the embeddings stayed "

@@ -21,6 +21,7 @@ from toolkit.data.batching import collate
 from toolkit.data.parts import Part
 from toolkit.data.shuffle import epoch_order
 from toolkit.data.targets import Targets
+from toolkit.data.tokens import TokenTable
 from toolkit.evaluation.baselines import Tokens, baselines
 from toolkit.evaluation.decision import Decision, fit_decision
 from toolkit.evaluation.evaluate import predict_logits
@@ -57,6 +58,7 @@ class ClassificationTask:
         accelerator = setup.accelerator
         assert data.label_map is not None
         self._recipe, self._base, self._tokenizer, self._accelerator = recipe, base, tokenizer, accelerator
+        self._tokenizer_from = base.path
         self._names, self._kind = data.label_map.names, recipe.data.problem_type
         self._labels = {part: _labels(getattr(data, part)) for part in PARTS}
         setup.memory.enter("tokenise")
@@ -103,7 +105,7 @@ class ClassificationTask:
             seed=recipe.training.seed,
             random_init=recipe.model.random_init,
             device=accelerator.device,
-            streamed=streamed_blocks(plan, recipe, accelerator),
+            streamed=streamed_blocks(plan, recipe, accelerator, blocks=base.config[base.family.layers_key]),
             frozen_later=frozen_in_low_precision(
                 recipe, low_precision=accelerator.mixed_precision in LOW, processes=accelerator.num_processes
             ),
@@ -183,15 +185,18 @@ class ClassificationTask:
 
     def baselines(self) -> dict[str, Any]:
         """Return the figures of the baselines on the test rows."""
+        tables = {part: self._baseline_table(part) for part in ("train", "test")}
         train, test = (
-            Tokens(ids=self.tables[part].ids, offsets=self.tables[part].offsets, labels=self._labels[part])
-            for part in ("train", "test")
+            Tokens(ids=table.ids, offsets=table.offsets, labels=self._labels[part]) for part, table in tables.items()
         )
         vocabulary = self._base.config["vocab_size"]
         figures, self._baselines = baselines(
             train, test, problem_type=self._kind, vocabulary=vocabulary, seed=self._recipe.training.seed
         )
         return dict(figures)
+
+    def _baseline_table(self, part: str) -> TokenTable:
+        return self.tables[part]
 
     def mistakes(self) -> list[Mistake]:
         """Return wrong test predictions, worst first; empty before ``judge("test")``."""
@@ -258,6 +263,7 @@ class ClassificationTask:
             base=self._base,
             labels=self._names,
             decision=self._decision,
+            tokenizer_from=self._tokenizer_from,
         )
         return kind
 

@@ -131,24 +131,36 @@ def write_artifact(
     base: Base,
     labels: tuple[str, ...],
     decision: Decision | None = None,
+    tokenizer_from: pathlib.Path | None = None,
 ) -> None:
     """Write an adapter or model folder with its tokenizer and manifest, in the place of an older one.
+
+    Args:
+        model: The trained model.
+        folder: Where it goes.
+        kind: What it is.
+        recipe: All settings.
+        base: What it was trained from.
+        labels: Names, in the order of their ids; empty for a language model.
+        decision: Temperature and thresholds.
+        tokenizer_from: Folder of the tokenizer; None: the base's.
 
     Raises:
         OutputError: If the disk lacks the space.
     """
     shutil.rmtree(folder, ignore_errors=True)
+    tokenizer_from = tokenizer_from or base.path
     max_length = recipe.model.max_length
     facts = artifact_facts(recipe, base=base, kind=kind, labels=labels, decision=decision or Decision())
     note_decision(model, facts)
     with staged_folder(folder) as staging:
         if kind == "adapter":
             save_adapter(model, staging)
-            copy_tokenizer(base.path, staging, model_type=base.family.model_type, max_length=max_length)
+            copy_tokenizer(tokenizer_from, staging, model_type=base.family.model_type, max_length=max_length)
         else:
             streamed = any(parameter.is_meta for parameter in model.parameters())
             read = StoredTensors(base.path, base.family).pieces if streamed else None
-            save_model(model, staging, read=read, tokenizer_from=base.path, max_length=max_length)
+            save_model(model, staging, read=read, tokenizer_from=tokenizer_from, max_length=max_length)
         write_manifest(staging, facts)
 
 

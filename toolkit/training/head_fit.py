@@ -35,7 +35,8 @@ class HeadFit(Trainer):
         progress.tokens = self._solve()
         progress.train_seconds = progress.seconds = time.perf_counter() - started
         progress.step = 1
-        self._check_weights(0)
+        if self._trained:  # Of zero_shot nothing is.
+            self._check_weights(0)
         self._validate()
         return progress
 

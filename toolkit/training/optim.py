@@ -70,6 +70,8 @@ def build_optimizer(
         CapabilityError: If bitsandbytes is asked for and cannot be imported.
     """
     groups = parameter_groups(model.named_parameters(), settings, embeddings=embeddings, scale_of=scale_of)
+    # Of zero_shot nothing trains, and torch wants a group.
+    groups = groups or [{"params": [], "weight_decay": 0.0, "rate_scale": 1.0}]
     rate = settings.learning_rate
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=0.9)
