@@ -34,7 +34,7 @@ HERE = pathlib.Path(__file__).parent
 ARMS = ("toolkit", "by hand")
 # What a recipe says of the method, its learning rate on GPT-2 and on DistilBERT, and whether the twin exists.
 METHODS: dict[str, tuple[str, float, float, bool]] = {
-    "zero-shot": ('method: {name: zero_shot, prompt: "{text}\\n\\nThis text is {words}:"}', 0.0, 0.0, True),
+    "zero-shot": ('method: {name: zero_shot, prompt: "{text}\\n\\nThis text is {words}:"}', 1e-3, 0.0, True),
     "features": ("method: {name: features}", 1e-3, 1e-3, True),
     "head": ("method: {name: head}", 5e-3, 5e-3, True),
     "last block": ("method: {name: last_n, n: 1}", 5e-4, 5e-4, True),
@@ -141,13 +141,13 @@ def run(name: str, *, data: str, base: str, work: pathlib.Path, prefix: list[str
 
 
 def names(datas: list[str], bases: list[str]) -> list[str]:
-    """Return every row there can be, the toolkit's own first."""
+    """Return every row there can be, a row and its twin one after the other."""
     return [
         f"{data}/{base}/{method}/{arm}"
-        for arm in ARMS
         for data in datas
         for base in bases
         for method, (_, _, on_distilbert, twin) in METHODS.items()
+        for arm in ARMS
         if (arm == "toolkit" or twin) and ("gpt2" in base or on_distilbert)
     ]
 

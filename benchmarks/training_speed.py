@@ -17,6 +17,7 @@ import pathlib
 import shutil
 import tempfile
 import time
+from functools import partial
 from typing import Any
 
 import peers
@@ -28,8 +29,8 @@ from toolkit.finetune import finetune
 CASES: dict[str, dict[str, Any]] = {
     "lora_gpt2_short": {"family": "gpt2", "method": "lora", "lengths": "short", "rows": 96, "epochs": 1},
     "lora_gpt2_long": {"family": "gpt2", "method": "lora", "lengths": "long", "rows": 24, "epochs": 1},
-    "last_block_gpt2_short": {"family": "gpt2", "method": "last_n", "lengths": "short", "rows": 160, "epochs": 5},
-    "last_block_gpt2_long": {"family": "gpt2", "method": "last_n", "lengths": "long", "rows": 32, "epochs": 5},
+    "last_block_gpt2_short": {"family": "gpt2", "method": "last_n", "lengths": "short", "rows": 600, "epochs": 5},
+    "last_block_gpt2_long": {"family": "gpt2", "method": "last_n", "lengths": "long", "rows": 80, "epochs": 5},
     "full_distilbert_short": {"family": "distilbert", "method": "full", "lengths": "short", "rows": 192, "epochs": 1},
 }
 RECIPE = """
@@ -103,19 +104,19 @@ def compare(name: str, rounds: int) -> None:
             f"peer, tuned: batches of {tuned} of like length{', bf16' if low else ''}": lambda: bench.peer(
                 tuned, grouped=True, bf16=low
             ),
-            "toolkit, batch_size 8": lambda: bench.toolkit("batch_size: 8"),
-            f"toolkit, max_tokens_per_batch {tokens}": lambda: bench.toolkit(f"max_tokens_per_batch: {tokens}"),
         }
-        if low:
-            name_low = f"toolkit, max_tokens_per_batch {tokens}, bf16"
-            arms[name_low] = lambda: bench.toolkit(f"max_tokens_per_batch: {tokens}, precision: bf16")
-        if whole:
-            arms["toolkit, batch_size 8, states found"] = lambda: bench.toolkit("batch_size: 8", fresh=False)
+        sizes = ["batch_size: 8", f"max_tokens_per_batch: {tokens}"]
+        for batch in sizes + ([f"{sizes[-1]}, precision: bf16"] if low else []):
+            arm = f"toolkit, {batch.replace('precision: ', '').replace(':', '')}"
+            arms[arm] = partial(bench.toolkit, batch)
+            if whole:
+                # Right behind the arm that leaves them: the next one throws them away.
+                arms[f"{arm}, states found"] = partial(bench.toolkit, batch, fresh=False)
         seconds: dict[str, list[float]] = {arm: [] for arm in arms}
         peaks = []
         for number in range(rounds):
             peaks.append(peers.peak_gflops())
-            # Every other round runs backwards; but an arm that finds states stays behind the one that leaves them.
+            # Every other round runs backwards, but for arms that find what the one before left.
             order = list(arms) if number % 2 == 0 or whole else list(reversed(arms))
             for arm in order:
                 steps, everything = arms[arm]()

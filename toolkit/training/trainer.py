@@ -208,8 +208,9 @@ class Trainer:
             )
 
     def _check_weights(self, step: int) -> None:
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm([p.detach() for p in self._trained])])
-        self._check_finite(float(norms.sum()), "a trained weight", step)
+        # A sum is as good as a norm for this, and twice as fast on a CPU.
+        sums = torch.stack([p.detach().sum(dtype=torch.float32) for p in self._trained])
+        self._check_finite(float(sums.sum()), "a trained weight", step)
 
     def _last_good(self) -> str:
         steps = steps_on_disk(self.checkpoints)
