@@ -146,7 +146,6 @@ def test_class_weights_are_those_of_scikit_learn(weights, bias):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("method={name: features, classifier: random_forest}", "no classification head that stock transformers loads"),
         ("training.loss.focal_gamma=2.0", "class weights count alone"),
         ("training.epochs=3", "fitted to all rows at once"),
         ("data.problem_type=regression", "fits one label to a text"),
@@ -165,7 +164,7 @@ def test_the_plan_does_not_guess(recipe, tmp_path, capsys):
 
 
 def test_a_head_of_another_form_is_refused(recipe):
-    with pytest.raises(RecipeError, match=r"model\.head: features is fitted into the architecture's own head"):
+    with pytest.raises(RecipeError, match=r"model\.head: logistic regression is fitted into the arch"):
         finetune(recipe("gpt2", 2, "model.head={pooling: mean}"))
 
 

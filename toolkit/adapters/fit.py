@@ -42,8 +42,10 @@ def check_method(
         adapted_blocks(method, blocks=blocks)
     if isinstance(method, FreezingMethod):
         trained_blocks(method, blocks=blocks)
+    if isinstance(method, FeaturesMethod) and method.classifier == "random_forest":
+        return
     if isinstance(method, FeaturesMethod) and family.own_head:
-        wrong = "features is fitted into the architecture's own head"
+        wrong = "logistic regression is fitted into the architecture's own head"
         raise RecipeError(Problem("", "model.head", wrong, "model.head: null, or method head"))
     if isinstance(method, FeaturesMethod) and len(family.head) == 2 and 2 * labels > config[family.width_key]:
         # The rectifier between the head's layers is passed by two units a label.

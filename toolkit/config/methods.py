@@ -39,11 +39,19 @@ class FeaturesMethod(Section):
 
     name: Literal["features"]
     classifier: Literal["logistic_regression", "random_forest"] = Field(
-        default="logistic_regression", description="What is fitted; a random forest is refused, for it is no head."
+        default="logistic_regression",
+        description="What is fitted. Stock transformers loads logistic regression; a random forest the toolkit alone.",
     )
     C: PositiveFloat = Field(
-        default=1.0, description="Inverse strength of the penalty on the weights of the scaled features."
+        default=1.0,
+        description="Of logistic regression: inverse strength of the penalty on the weights of the scaled features.",
     )
+    n_estimators: Annotated[int, Field(ge=1, le=1_000)] = Field(default=100, description="Trees of the random forest.")
+    max_depth: Annotated[int, Field(ge=1, le=12)] = Field(
+        default=10,
+        description="Splits on the way through a tree, at most. A tree takes 4 * 2^max_depth * (2 + labels) bytes.",
+    )
+    min_samples_leaf: PositiveInt = Field(default=1, description="Training rows in each leaf of a tree, at least.")
 
 
 class LastNMethod(Section):

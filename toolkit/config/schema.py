@@ -25,13 +25,14 @@ def _label_text(value: object) -> object:
 
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+Pooling = Literal["last", "first", "mean", "max"]
 Label = Annotated[str, Field(min_length=1), BeforeValidator(_label_text)]
 
 
 class HeadSettings(Section):
     """The layers that make logits of a text's hidden states."""
 
-    pooling: Literal["last", "first", "mean", "max"] | None = Field(
+    pooling: Pooling | None = Field(
         default=None,
         description="What of a text is classified: its last token, its first, or the mean or maximum of all; null: the "
         "architecture's own (GPT-2 last, DistilBERT first).",
@@ -45,6 +46,20 @@ class HeadSettings(Section):
     dropout: Fraction = Field(
         default=0.1, description="Behind each hidden layer's activation; of a linear head, on the pooled state."
     )
+
+
+class ForestHead(Section):
+    """A random forest in the place of those layers, as method features fits it; config.json and the manifest hold it.
+
+    Attributes:
+        pooling: What of a text is classified.
+        n_estimators: Trees.
+        max_depth: Splits on the way through each.
+    """
+
+    pooling: Pooling
+    n_estimators: PositiveInt
+    max_depth: PositiveInt
 
 
 class ModelSettings(Section):

@@ -40,7 +40,7 @@ from toolkit.memory.prefix_rule import frozen_in_low_precision
 from toolkit.models.forward import checkpoint_activations, classify, pooled, unwrapped
 from toolkit.models.load import load_classifier
 from toolkit.report.run_record import PrefixCacheRecord
-from toolkit.tasks.features import fit_linear, write_head
+from toolkit.tasks.features import fit_forest, fit_linear, write_forest, write_head
 from toolkit.tasks.task import EVALUATION_BATCH, PARTS, Kind, Setup, tokenize_parts, write_artifact
 from toolkit.training.gemm import use_gemm
 from toolkit.training.objectives import ClassificationObjective
@@ -138,15 +138,15 @@ class ClassificationTask:
         """Fit the head on the features of the training rows (method features); return the tokens that were read."""
         method, model = self._recipe.method, unwrapped(self.model)
         assert isinstance(method, FeaturesMethod)
-        linear = fit_linear(
-            self._logits("train", cache=self._caches.get("train"), read=pooled),
-            self._labels["train"],
-            method,
-            classes=len(self._names),
-            loss=self._recipe.training.loss,
-            bias=len(self._base.family.head) == 2,
-        )
-        write_head(model, linear, self._base.family)
+        features, labels = self._logits("train", cache=self._caches.get("train"), read=pooled), self._labels["train"]
+        training, classes = self._recipe.training, len(self._names)
+        if method.classifier == "random_forest":
+            forest = fit_forest(features, labels, method, classes=classes, loss=training.loss, seed=training.seed)
+            write_forest(model, forest)
+        else:
+            bias = len(self._base.family.head) == 2
+            linear = fit_linear(features, labels, method, classes=classes, loss=training.loss, bias=bias)
+            write_head(model, linear, self._base.family)
         return len(self.tables["train"].ids)
 
     def validate(self) -> dict[str, float]:
