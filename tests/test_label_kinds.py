@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -225,6 +226,8 @@ def test_a_decision_fitted_on_validation_is_kept_and_applied(recipe_of, tmp_path
     wanted = ["evaluation.calibrate=true", "evaluation.threshold=f1", "evaluation.baselines=false"]
     if kind != SEVERAL:
         wanted += [f"data={{source: '{table}'}}", "evaluation.threshold={precision: 0.9}"]
+        # Few steps: the threshold then has something to decide.
+        wanted += ["training.max_steps=12"]
     record = finetune(recipe_of(SEVERAL, "gpt2", "run", *wanted))
     run, test = tmp_path / "run", record["metrics"]["test"]
     manifest = json.loads((run / "adapter" / "manifest.json").read_text())
@@ -232,6 +235,19 @@ def test_a_decision_fitted_on_validation_is_kept_and_applied(recipe_of, tmp_path
     assert manifest["thresholds"] == test["tuned"]["thresholds"]
     assert set(manifest["thresholds"]) == ({"call", "dinner", "prize"} if kind == SEVERAL else {"spam"})
     assert {"accuracy", "f1_macro", "per_label"} <= test["tuned"].keys() & test.keys()
+    judged = load_rows(recipe_of(SEVERAL, "gpt2", "run", *wanted).data, objective="classification").test
+    said = Classifier.load(run).predict(judged.texts.to_pylist())
+    page = (run / "report.html").read_text()
+    assert ("decided at the tuned thresholds" in page) == (test["tuned"]["accuracy"] < 1)
+    if kind != SEVERAL:
+        with (run / "predictions.csv").open(newline="") as file:
+            kept = list(csv.DictReader(file))
+        assert [row["predicted"] for row in kept] == [one.label for one in said]
+        assert [float(row["probability"]) for row in kept] == pytest.approx(
+            [one.scores[one.label] for one in said], abs=1e-5
+        )
+        right = np.mean([row["predicted"] == row["label"] for row in kept])
+        assert right == test["tuned"]["accuracy"] != test["accuracy"]
     merge_adapter(run, tmp_path / "merged")
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["calibration_temperature"] == manifest["temperature"]

@@ -197,13 +197,25 @@ class ClassificationTask:
         """Return wrong test predictions, worst first; empty before ``judge("test")``."""
         if self._test_logits is None:
             return []
-        return worst_mistakes(self._test_logits, self._labels["test"], problem_type=self._kind, names=self._names)
+        return worst_mistakes(
+            self._test_logits,
+            self._labels["test"],
+            problem_type=self._kind,
+            names=self._names,
+            decision=self._decision,
+        )
 
     def predictions(self) -> Predictions | None:
         """Return the answers to the test rows; None before ``judge("test")``, and where a row has not one label."""
         if self._test_logits is None or self._kind != "single_label_classification":
             return None
-        return predictions_of(self._test_logits, self._labels["test"], baselines=self._baselines)
+        return predictions_of(
+            self._test_logits,
+            self._labels["test"],
+            names=self._names,
+            decision=self._decision,
+            baselines=self._baselines,
+        )
 
     def _logits(
         self, part: str, *, cache: PrefixCache | None = None, read: Callable[..., torch.Tensor] = classify
