@@ -142,6 +142,25 @@ def test_a_file_is_judged_by_list_or_by_columns(recipe_of, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", [SEVERAL, NUMBERS])
+def test_token_ids_with_several_columns_behind_them(recipe_of, tmp_path, kind):
+    """Rows of an .npy file train as the same rows of texts do, to the last bit, and are judged alike."""
+    finetune(recipe_of(kind, "distilbert", "texts", f"data.label_columns={[*WORDS]}", "data.duplicates=allow"))
+    texts = Classifier.load(tmp_path / "texts")
+    table = texts._tokenizer.encode([text for text, _ in rows()], max_length=32).table
+    array = np.zeros((len(table), 32 + len(WORDS)), dtype=np.int32)
+    for row, (ids, (_, labels)) in enumerate(zip(table, rows(), strict=True)):
+        array[row, : len(ids)] = ids
+        array[row, 32:] = [name in labels for name in WORDS]
+    np.save(tmp_path / "ids.npy", array)
+    source = f"data={{source: '{tmp_path / 'ids.npy'}', problem_type: {kind}, label_columns: {[*WORDS]}}}"
+    record = finetune(recipe_of(kind, "distilbert", "ids", source, "data.duplicates=allow"))
+    assert_same_weights(tmp_path / "texts" / "adapter", tmp_path / "ids" / "adapter")
+    judged = evaluate(tmp_path / "ids", str(tmp_path / "ids.npy"))
+    assert judged == evaluate(tmp_path / "texts", str(tmp_path / "data.jsonl"))
+    assert judged["rows"] == len(array) > record["metrics"]["test"]["rows"]
+
+
+@pytest.mark.parametrize("kind", [SEVERAL, NUMBERS])
 def test_it_goes_on_bit_equal_with_kept_states(recipe_of, tmp_path, kind):
     """Stopped after 20 of 60 steps."""
     head = ("method={name: last_n, n: 1}",)

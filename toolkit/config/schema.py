@@ -137,7 +137,7 @@ class DataSettings(Section):
     label_columns: Annotated[list[Name], Field(min_length=1)] | None = Field(
         default=None,
         description="Instead of label_column: a column of 0 and 1 for each label (multi_label_classification), or a "
-        "column of numbers for each target (regression).",
+        "column of numbers for each target (regression). In .npy they are the last columns, in this order.",
     )
     label_separator: Annotated[str, Field(min_length=1)] = Field(
         default="|", description="Between the labels of a list in csv and tsv; a JSON list needs none."
