@@ -10,6 +10,8 @@ from toolkit.config.section import Fraction, Name, PositiveFloat, PositiveInt, S
 
 Layers = Literal["all"] | Annotated[str, Field(pattern=r"^last_[1-9]\d*$")]
 Targets = Literal["auto", "all-linear"] | Annotated[list[Name], Field(min_length=1)]
+Trees = Annotated[int, Field(ge=1, le=1_000)]
+Depth = Annotated[int, Field(ge=1, le=12)]
 Decay = Annotated[float, Field(gt=0, le=1)]
 TARGETS = "auto: attention projections of the family; all-linear; or module names."
 LAYERS = (
@@ -46,8 +48,8 @@ class FeaturesMethod(Section):
         default=1.0,
         description="Of logistic regression: inverse strength of the penalty on the weights of the scaled features.",
     )
-    n_estimators: Annotated[int, Field(ge=1, le=1_000)] = Field(default=100, description="Trees of the random forest.")
-    max_depth: Annotated[int, Field(ge=1, le=12)] = Field(
+    n_estimators: Trees = Field(default=100, description="Trees of the random forest.")
+    max_depth: Depth = Field(
         default=10,
         description="Splits on the way through a tree, at most. A tree takes 4 * 2^max_depth * (2 + labels) bytes.",
     )

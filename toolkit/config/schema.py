@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from toolkit.config.methods import Depth, Trees
 from toolkit.config.methods import FullMethod as FullMethod
 from toolkit.config.methods import HeadMethod as HeadMethod
 from toolkit.config.methods import LastNMethod as LastNMethod
@@ -58,8 +59,8 @@ class ForestHead(Section):
     """
 
     pooling: Pooling
-    n_estimators: PositiveInt
-    max_depth: PositiveInt
+    n_estimators: Trees
+    max_depth: Depth
 
 
 class ModelSettings(Section):
