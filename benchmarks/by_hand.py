@@ -161,7 +161,8 @@ def optimizer_of(model: Any, recipe: Any) -> Any:
 
 
 def fit(recipe: Any, base: pathlib.Path, rows: dict[str, Rows], tokenizer: Any) -> dict[str, Any]:
-    """Method features: hidden states of the stock body, and scikit-learn's logistic regression on them."""
+    """Method features: hidden states of the stock body, and scikit-learn's classifier on them."""
+    from sklearn.ensemble import RandomForestClassifier
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -178,12 +179,19 @@ def fit(recipe: Any, base: pathlib.Path, rows: dict[str, Rows], tokenizer: Any) 
             last = batch["attention_mask"].sum(1) - 1 if body.config.model_type == "gpt2" else 0
             parts.append(hidden[torch.arange(len(hidden)), last].numpy())
         features[name] = np.concatenate(parts)
-    regression = make_pipeline(StandardScaler(), LogisticRegression(C=recipe.method.C, max_iter=2_000))
-    regression.fit(features["train"], rows["train"].labels)
+    method = recipe.method
+    if method.classifier == "random_forest":
+        forest = RandomForestClassifier(n_estimators=method.n_estimators, max_depth=method.max_depth,
+                                        min_samples_leaf=method.min_samples_leaf, random_state=0)  # fmt: skip
+        classifier: Any = forest
+    else:
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=method.C, max_iter=2_000))
+    classifier.fit(features["train"], rows["train"].labels)
     seconds = time.perf_counter() - started
-    right = regression.predict(features["test"]) == rows["test"].labels
+    right = classifier.predict(features["test"]) == rows["test"].labels
     peak = runtime.peak_memory(torch.device("cpu"))["rss"]
-    weights = sum(part.size for part in (regression[-1].coef_, regression[-1].intercept_))
+    fitted = [] if method.classifier == "random_forest" else [classifier[-1].coef_, classifier[-1].intercept_]
+    weights = sum(part.size for part in fitted)
     return {"right": right.astype(int).tolist(), "seconds": seconds, "peak_bytes": peak, "trainable": weights}
 
 

@@ -36,6 +36,7 @@ ARMS = ("toolkit", "by hand")
 METHODS: dict[str, tuple[str, float, float, bool]] = {
     "zero-shot": ('method: {name: zero_shot, prompt: "{text}\\n\\nThis text is {words}:"}', 1e-3, 0.0, True),
     "features": ("method: {name: features}", 1e-3, 1e-3, True),
+    "features, forest": ("method: {name: features, classifier: random_forest}", 1e-3, 1e-3, True),
     "head": ("method: {name: head}", 5e-3, 5e-3, True),
     "last block": ("method: {name: last_n, n: 1}", 5e-4, 5e-4, True),
     "biases": ("method: {name: bias}", 1e-3, 1e-3, True),
@@ -93,7 +94,7 @@ def run(name: str, *, data: str, base: str, work: pathlib.Path, prefix: list[str
     _, base_name, method, arm = name.split("/")
     text, on_gpt2, on_distilbert, _ = METHODS[method]
     steps = STEPS.get(base_name, STEPS["encoder"])
-    if method in ("features", "zero-shot"):
+    if method in ("zero-shot", "features", "features, forest"):
         steps = 1
     rate = on_gpt2 if "gpt2" in base_name else on_distilbert
     with tempfile.TemporaryDirectory(dir=work) as folder:

@@ -146,7 +146,6 @@ def test_class_weights_are_those_of_scikit_learn(weights, bias):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("method={name: features, classifier: random_forest}", "no classification head that stock transformers loads"),
         ("training.loss.focal_gamma=2.0", "class weights count alone"),
         ("training.epochs=3", "take no steps"),
         ("data.problem_type=regression", "give one label to a text"),

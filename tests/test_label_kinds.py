@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from safetensors.torch import load_file
 
 from toolkit.cli import main
 from toolkit.config.load import load_recipe
+from toolkit.data.pairs import load_rows
 from toolkit.errors import RecipeError
 from toolkit.evaluation.decision import Decision
+from toolkit.evaluation.figures import all_figures
 from toolkit.export.merge import merge_adapter
 from toolkit.finetune import finetune
 from toolkit.inference.evaluate import evaluate
@@ -138,24 +142,99 @@ def test_a_file_is_judged_by_list_or_by_columns(recipe_of, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", [SEVERAL, NUMBERS])
-def test_it_goes_on_bit_equal_with_kept_states(recipe_of, tmp_path, kind):
-    """Stopped after 20 of 60 steps: the record is taken away, and the later checkpoints."""
-    import shutil
+def test_token_ids_with_several_columns_behind_them(recipe_of, tmp_path, kind):
+    """Rows of an .npy file train as the same rows of texts do, to the last bit, and are judged alike."""
+    finetune(recipe_of(kind, "distilbert", "texts", f"data.label_columns={[*WORDS]}", "data.duplicates=allow"))
+    texts = Classifier.load(tmp_path / "texts")
+    table = texts._tokenizer.encode([text for text, _ in rows()], max_length=32).table
+    array = np.zeros((len(table), 32 + len(WORDS)), dtype=np.int32)
+    for row, (ids, (_, labels)) in enumerate(zip(table, rows(), strict=True)):
+        array[row, : len(ids)] = ids
+        array[row, 32:] = [name in labels for name in WORDS]
+    np.save(tmp_path / "ids.npy", array)
+    source = f"data={{source: '{tmp_path / 'ids.npy'}', problem_type: {kind}, label_columns: {[*WORDS]}}}"
+    record = finetune(recipe_of(kind, "distilbert", "ids", source, "data.duplicates=allow"))
+    assert_same_weights(tmp_path / "texts" / "adapter", tmp_path / "ids" / "adapter")
+    judged = evaluate(tmp_path / "ids", str(tmp_path / "ids.npy"))
+    assert judged == evaluate(tmp_path / "texts", str(tmp_path / "data.jsonl"))
+    assert judged["rows"] == len(array) > record["metrics"]["test"]["rows"]
 
+
+@pytest.mark.parametrize("kind", [SEVERAL, NUMBERS])
+def test_it_goes_on_bit_equal_with_kept_states(recipe_of, tmp_path, kind):
+    """Stopped after 20 of 60 steps."""
     head = ("method={name: last_n, n: 1}",)
     finetune(recipe_of(kind, "distilbert", "plain", *head))
     finetune(recipe_of(kind, "distilbert", "stopped", *head))
-    stopped = tmp_path / "stopped"
-    for gone in ("result.json", "report.html"):
-        (stopped / gone).unlink()
-    steps = sorted((stopped / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
-    for later in steps[1:]:
-        shutil.rmtree(later)
-    shutil.rmtree(stopped / "model")
+    stop_at_first_checkpoint(tmp_path / "stopped")
     finetune(recipe_of(kind, "distilbert", "stopped", *head))
-    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("plain", "stopped"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert one.keys() == other.keys()
+    assert_same_weights(tmp_path / "plain" / "model", tmp_path / "stopped" / "model")
+
+
+def stop_at_first_checkpoint(run: Path) -> None:
+    """Take away what came behind it: the record, the later checkpoints, what was exported."""
+    for gone in ("result.json", "report.html"):
+        (run / gone).unlink()
+    steps = sorted((run / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    for later in [*steps[1:], *(run / kind for kind in ("adapter", "model") if (run / kind).is_dir())]:
+        shutil.rmtree(later)
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Compare two folders' only weight files bit by bit."""
+    held, found = (load_file(next(folder.glob("*.safetensors"))) for folder in (one, other))
+    assert held.keys() == found.keys()
+    assert all(torch.equal(held[name], found[name]) for name in held)
+
+
+@pytest.mark.parametrize(
+    ("method", "head"),
+    [
+        ("{name: lora, r: 4, target_modules: all-linear}", "{pooling: mean, hidden: [24], activation: tanh}"),
+        ("{name: last_n, n: 1}", "{pooling: max, dropout: 0.2}"),
+        ("{name: head}", "{pooling: mean, hidden: [24, 12], activation: gelu}"),
+    ],
+)
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+@pytest.mark.parametrize("kind", [SEVERAL, NUMBERS])
+def test_a_head_of_its_own_the_whole_way(recipe_of, tmp_path, kind, family, method, head):
+    """Trained, resumed bit-equal, saved, loaded, merged and trained on again, whatever it answers with."""
+    more = (f"method={method}", f"model.head={head}", "model.max_length=16")
+    record = finetune(recipe_of(kind, family, "run", *more))
+    run, artifact = tmp_path / "run", record["artifact"]["kind"]
+    assert record["artifact"]["head"]["pooling"] in head
+    losses = [
+        line["loss"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line
+    ]
+    assert losses[-1] < losses[0]
+    finetune(recipe_of(kind, family, "stopped", *more))
+    stop_at_first_checkpoint(tmp_path / "stopped")
+    finetune(recipe_of(kind, family, "stopped", *more))
+    assert_same_weights(run / artifact, tmp_path / "stopped" / artifact)
+    live = Classifier.load(run)
+    logits = live.logits(TEXTS)
+    assert np.array_equal(Classifier.load(tmp_path / "stopped").logits(TEXTS), logits)
+    merge_adapter(run, tmp_path / "merged")
+    merged = Classifier.load(tmp_path / "merged")
+    np.testing.assert_allclose(merged.logits(TEXTS), logits, atol=1e-4)
+    for prediction, row in zip(merged.predict(TEXTS), Decision().probabilities(logits, problem_type=kind), strict=True):
+        own = prediction.scores if kind == SEVERAL else prediction.values
+        assert list(own.values()) == pytest.approx(row, abs=1e-4)
+    # What the run judged, judged anew from its files.
+    data = load_rows(recipe_of(kind, family, "run", *more).data, objective="classification")
+    again = all_figures(
+        live.logits(data.test.texts.to_pylist()), data.test.labels, problem_type=kind, names=live.labels
+    )
+    assert again["loss"] == pytest.approx(record["metrics"]["test"]["loss"], rel=1e-5)
+    # As a base for the same labels it goes on from its head.
+    base = (
+        f"model.base={tmp_path / 'merged'}",
+        "method={name: head}",
+        "training.max_steps=1",
+        "training.learning_rate=1e-9",
+    )
+    finetune(recipe_of(kind, family, "again", *base))
+    np.testing.assert_allclose(Classifier.load(tmp_path / "again").logits(TEXTS), logits, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", [SEVERAL, "single_label_classification"])
@@ -166,6 +245,8 @@ def test_a_decision_fitted_on_validation_is_kept_and_applied(recipe_of, tmp_path
     wanted = ["evaluation.calibrate=true", "evaluation.threshold=f1", "evaluation.baselines=false"]
     if kind != SEVERAL:
         wanted += [f"data={{source: '{table}'}}", "evaluation.threshold={precision: 0.9}"]
+        # Few steps: the threshold then has something to decide.
+        wanted += ["training.max_steps=12"]
     record = finetune(recipe_of(SEVERAL, "gpt2", "run", *wanted))
     run, test = tmp_path / "run", record["metrics"]["test"]
     manifest = json.loads((run / "adapter" / "manifest.json").read_text())
@@ -173,6 +254,19 @@ def test_a_decision_fitted_on_validation_is_kept_and_applied(recipe_of, tmp_path
     assert manifest["thresholds"] == test["tuned"]["thresholds"]
     assert set(manifest["thresholds"]) == ({"call", "dinner", "prize"} if kind == SEVERAL else {"spam"})
     assert {"accuracy", "f1_macro", "per_label"} <= test["tuned"].keys() & test.keys()
+    judged = load_rows(recipe_of(SEVERAL, "gpt2", "run", *wanted).data, objective="classification").test
+    said = Classifier.load(run).predict(judged.texts.to_pylist())
+    page = (run / "report.html").read_text()
+    assert ("decided at the tuned thresholds" in page) == (test["tuned"]["accuracy"] < 1)
+    if kind != SEVERAL:
+        with (run / "predictions.csv").open(newline="") as file:
+            kept = list(csv.DictReader(file))
+        assert [row["predicted"] for row in kept] == [one.label for one in said]
+        assert [float(row["probability"]) for row in kept] == pytest.approx(
+            [one.scores[one.label] for one in said], abs=1e-5
+        )
+        right = np.mean([row["predicted"] == row["label"] for row in kept])
+        assert right == test["tuned"]["accuracy"] != test["accuracy"]
     merge_adapter(run, tmp_path / "merged")
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["calibration_temperature"] == manifest["temperature"]

@@ -28,7 +28,7 @@ from toolkit.errors import OutputError, Problem, RecipeError
 from toolkit.evaluation.decision import check_decision
 from toolkit.export.staging import check_space
 from toolkit.listener import SILENT, Listener
-from toolkit.models.base import Base, resolve_base
+from toolkit.models.base import Base, give_forest, resolve_base
 from toolkit.models.heads import own_head
 from toolkit.report.metrics_log import MetricsLog
 from toolkit.report.run_record import RunRecord, read_run_record
@@ -92,7 +92,7 @@ def read_inputs(recipe: Recipe, *, split: pathlib.Path | None = None) -> tuple[L
         InputError: If the data or the base are wrong.
     """
     data = load_rows(recipe.data, objective=recipe.objective, split_file=split)
-    base = resolve_base(recipe.model)
+    base = give_forest(resolve_base(recipe.model), recipe.method)
     check_fit(recipe, data, base)
     return data, base
 

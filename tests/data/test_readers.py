@@ -154,6 +154,29 @@ def test_npy_rows_end_at_their_padding(tmp_path: Path) -> None:
     assert len(without) == 3
 
 
+def test_npy_rows_may_end_with_several_columns(tmp_path: Path) -> None:
+    """Named by `data.label_columns` in the order in which they stand; other columns an array does not have."""
+    np.save(tmp_path / "a.npy", np.array([[5, 0, 7, 0, 1, 0, 4], [9, 0, 0, 0, 0, 1, -2]]))
+    names = dict.fromkeys(("b", "a", "c"), "data.label_columns")
+    rows, _ = read_rows(str(tmp_path / "a.npy"), text_column="text", label_column=None, others=names)
+    assert rows.token_ids is not None
+    assert rows.labels is None
+    assert [row.tolist() for row in rows.token_ids] == [[5, 0, 7], [9]]
+    assert {name: [column[0], column[1]] for name, column in rows.others.items()} == {
+        "b": ["1", "0"], "a": ["0", "1"], "c": ["4", "-2"]
+    }  # fmt: skip
+    with pytest.raises(DataError, match=r"data\.split\.group_column: a \.npy file has no column 'g'"):
+        read_rows(
+            str(tmp_path / "a.npy"),
+            text_column="text",
+            label_column=None,
+            others=names | {"g": "data.split.group_column"},
+        )
+    many = dict.fromkeys("abcdefg", "data.label_columns")
+    with pytest.raises(DataError, match=r"shape \(2, 7\) \(integers of shape \(rows, tokens \+ 7\), the labels last"):
+        read_rows(str(tmp_path / "a.npy"), text_column="text", label_column=None, others=many)
+
+
 def test_a_text_column_given_as_label_is_refused(write: WriteFile) -> None:
     content = "text,label\n" + "".join(f"a,{i}\n" for i in range(rows_module.MAX_LABELS + 1))
     with pytest.raises(DataError, match=f":{rows_module.MAX_LABELS + 2}: label: more than 10000 different labels"):

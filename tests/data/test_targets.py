@@ -127,6 +127,10 @@ def test_files_without_such_columns(write: WriteFile, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([[5, 6, 1], [7, 8, 0]]))
     with pytest.raises(DataError, match=r"a \.npy file has no column 'labels'"):
         load_data(DataSettings(source=str(tmp_path / "a.npy"), **SEVERAL))
+    columns = {"problem_type": "multi_label_classification", "label_columns": ["a", "b"]}
+    np.save(tmp_path / "a.npy", np.array([[5, 6, 1, 0], [7, 8, 0, 2]]))
+    with pytest.raises(DataError, match=r"a\.npy:2: b: '2' is not 0 or 1"):
+        load_data(DataSettings(source=str(tmp_path / "a.npy"), **columns))
     path = write("a.csv", csv_of(["a", "b"]))
     with pytest.raises(DataError, match=r"data.label_columns: no column 'x'.*the columns are 'text', 'labels'"):
         load_data(DataSettings(source=path, problem_type="regression", label_columns=["labels", "x"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from toolkit.evaluation.decision import Decision
 from toolkit.evaluation.mistakes import Mistake, confident_mistakes, worst_mistakes
 
 NAMES = ("ham", "spam")
@@ -36,6 +37,24 @@ def test_of_several_labels_the_surest_wrong_decision_counts() -> None:
     found = worst_mistakes(logits, labels, problem_type="multi_label_classification", names=NAMES)
     assert [(m.row, m.label, m.predicted) for m in found] == [(2, "ham, spam", "none"), (1, "ham", "ham, spam")]
     assert found[0].probability == pytest.approx(1 / (1 + np.exp(-5)))
+
+
+def test_a_tuned_threshold_decides_what_is_wrong() -> None:
+    logits, labels = np.array([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), np.array([0, 1, 0])
+    assert [m.row for m in confident_mistakes(logits, labels, names=NAMES)] == [1, 2]
+    found = confident_mistakes(logits, labels, names=NAMES, decision=Decision(thresholds={"spam": 0.1}))
+    # Rows 0 and 2 are called spam now, row 0 with a probability below 0.5.
+    assert [(m.row, m.predicted) for m in found] == [(2, "spam"), (0, "spam")]
+    assert [m.probability for m in found] == pytest.approx([1 / (1 + np.exp(-1)), 1 / (1 + np.exp(2))])
+
+
+def test_several_labels_are_decided_at_their_own_thresholds() -> None:
+    logits, labels = np.array([[0.0, -1.0], [3.0, 3.0]]), np.array([[1, 0], [1, 1]])
+    decision = Decision(thresholds={"spam": 0.2})
+    found = worst_mistakes(logits, labels, problem_type="multi_label_classification", names=NAMES, decision=decision)
+    assert [(m.row, m.predicted) for m in found] == [(0, "ham, spam")]
+    assert found[0].probability == pytest.approx(1 / (1 + np.exp(1)))
+    assert worst_mistakes(logits, labels, problem_type="multi_label_classification", names=NAMES) == []
 
 
 def test_numbers_are_listed_by_how_far_they_are_off() -> None:

@@ -38,6 +38,16 @@ def right(share: float, *, flipped: int = 0) -> np.ndarray:
     return answers
 
 
+def test_a_tuned_threshold_counts_as_its_predictions_do(record):
+    """The answers that are kept were decided at the threshold; the accuracy beside them has to be theirs."""
+    tuned = run(record, right=right(0.9), peak=600, seconds=5)
+    tuned.record["metrics"]["test"] |= {"accuracy": 0.5, "tuned": {"accuracy": 0.9, "f1_macro": 0.88}}
+    verdict = judge([candidate("tuned", tuned), candidate("plain", run(record, right=right(0.8), peak=600, seconds=5))])
+    measured = {row["name"]: row["measured"] for row in verdict.rows}
+    assert (verdict.best, measured["tuned"]["accuracy"], measured["tuned"]["f1_macro"]) == ("tuned", 0.9, 0.88)
+    assert measured["plain"]["difference"] == pytest.approx(-0.1)
+
+
 def test_the_cheapest_that_is_not_told_apart_is_enough(record):
     verdict = judge(
         [

@@ -122,6 +122,14 @@ def test_stock_peft_refuses_the_adapter(pico_cache: PicoFolder, tmp_path: Path, 
     run = build_run(tmp_path / "run", pico_cache(family), method=LADDER[method], head=LINEAR)
     assert np.isfinite(Classifier.load(run, device="cpu").logits(TEXTS)).all()
     stock = AutoModelForSequenceClassification.from_pretrained(pico_cache(family), num_labels=len(LABELS))
+    with pytest.raises(ValueError, match=r"Invalid task type: .*load it with toolkit\.Classifier"):
+        PeftModel.from_pretrained(stock, run / "adapter")
+    # Without that word, as adapters were once written, the toolkit loads it all the same, and stock peft does not.
+    path, manifest = run / "adapter" / "adapter_config.json", find_artifact(run).manifest
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"task_type": "SEQ_CLS"}))
+    facts = ArtifactFacts(**{name: getattr(manifest, name) for name in ArtifactFacts.model_fields})
+    write_manifest(run / "adapter", facts)
+    assert np.isfinite(Classifier.load(run, device="cpu").logits(TEXTS)).all()
     # An empty score where a matrix belongs; of DistilBERT's two layers, one that the file lacks.
     with pytest.raises((RuntimeError, KeyError), match=r"size mismatch for .*score|pre_classifier"):
         PeftModel.from_pretrained(stock, run / "adapter")

@@ -42,7 +42,8 @@ def read_adapter_config(folder: Path, *, family: Family) -> dict[str, Any]:
     if problems:
         raise AdapterError(problems)
     known = {key: settings[key] for key in ARGUMENTS[kind] if key in settings}
-    return known | {"modules_to_save": list(family.head) or None, "peft_type": kind}
+    task = "SEQ_CLS" if family.own_head else settings["task_type"]
+    return known | {"modules_to_save": list(family.head) or None, "peft_type": kind, "task_type": task}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

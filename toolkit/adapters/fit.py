@@ -44,6 +44,8 @@ def check_method(
         adapted_blocks(method, blocks=blocks)
     if isinstance(method, FreezingMethod):
         trained_blocks(method, blocks=blocks)
+    if isinstance(method, FeaturesMethod) and method.classifier == "random_forest":
+        return
     if isinstance(method, FittedMethod) and family.own_head:
         wrong = f"{method.name} writes the architecture's own head"
         raise RecipeError(Problem("", "model.head", wrong, "model.head: null, or method head"))

@@ -8,6 +8,8 @@ from typing import Any
 from toolkit.errors import Problem
 from toolkit.families import Family
 
+# The task of an adapter whose head is the toolkit's own: stock peft stops at it before it loads anything and prints it.
+OWN_TASK = "SEQ_CLS with a head of the toolkit's own, load it with toolkit.Classifier"
 COMMON = ("base_model_name_or_path", "modules_to_save", "task_type")
 LAYERS = ("layers_pattern", "layers_to_transform")
 # The arguments that load_adapter hands to peft, by peft_type; every other field must have peft's default.
@@ -65,13 +67,14 @@ def _rules(settings: Mapping[str, Any], family: Family) -> dict[str, Rule]:
     # peft reads the pattern as a regular expression too.
     stem = family.blocks.rpartition(".")[2]
     pattern = stem if settings.get("layers_to_transform") else None
-    task = "SEQ_CLS" if family.head else "CAUSAL_LM"
+    task = task_name(family)
     share: Rule = (_is_share, "a number from 0 to below 1")
     size: Rule = (_is_size, "a whole number above 0")
     above: Rule = (_is_positive, "a number above 0")
     flag: Rule = (lambda value: value is None or type(value) is bool, "true or false")
     return {
-        "task_type": (lambda value: value == task, task),
+        # Adapters with an own head were once written without saying so.
+        "task_type": (lambda value: value == task or (family.own_head and value == "SEQ_CLS"), task),
         "r": size,
         "num_virtual_tokens": size,
         "lora_alpha": above,
@@ -94,6 +97,11 @@ def _rules(settings: Mapping[str, Any], family: Family) -> dict[str, Rule]:
             f"the head: {', '.join(family.head)}" if family.head else "null: a language model has no head to save",
         ),
     }
+
+
+def task_name(family: Family) -> str:
+    """Return the `task_type` of an adapter's file."""
+    return OWN_TASK if family.own_head else "SEQ_CLS" if family.head else "CAUSAL_LM"
 
 
 def is_names(value: Any) -> bool:

@@ -20,7 +20,7 @@ from toolkit.adapters.check import (
     read_adapter_tensors,
     tensor_problems,
 )
-from toolkit.adapters.kinds import FROM_BASE
+from toolkit.adapters.kinds import FROM_BASE, task_name
 from toolkit.adapters.methods import unmatched_targets
 from toolkit.durable import write_file_atomically
 from toolkit.errors import AdapterError, Problem, ToolkitError
@@ -165,8 +165,9 @@ def _config_dict(model: Any) -> dict[str, Any]:
         if isinstance(value, set):
             settings[key] = sorted(value)
     # PeftModelForSequenceClassification appends its own two guesses, "classifier" and "score".
-    head = family_of_model(model.get_base_model()).head
-    kept = [name for name in dict.fromkeys(settings["modules_to_save"] or ()) if name in head]
+    family = family_of_model(model.get_base_model())
+    settings["task_type"] = task_name(family)
+    kept = [name for name in dict.fromkeys(settings["modules_to_save"] or ()) if name in family.head]
     settings["modules_to_save"] = kept or None
     settings["inference_mode"] = True
     if not settings["base_model_name_or_path"]:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from toolkit.config.methods import FeaturesMethod, FittedMethod, ZeroShotMethod
 from toolkit.config.rule import Rule
-from toolkit.config.schema import LossSettings
+from toolkit.config.schema import HeadSettings, LossSettings, Recipe
 
 # Where a prompt takes the text, and the words of all labels.
 TEXT, WORDS = "{text}", "{words}"
+
+
+def _fits(recipe: Recipe, classifier: str) -> bool:
+    return isinstance(recipe.method, FeaturesMethod) and recipe.method.classifier == classifier
+
+
+def _sets(recipe: Recipe, name: str) -> bool:
+    return bool(getattr(recipe.method, name) != FeaturesMethod.model_fields[name].default)
 
 
 FITTED_RULES = (
@@ -27,10 +35,29 @@ FITTED_RULES = (
         "leave epochs and max_steps out, or method head",
     ),
     Rule(
-        ("method", "classifier"),
-        lambda r: isinstance(r.method, FeaturesMethod) and r.method.classifier == "random_forest",
-        "trees are no classification head that stock transformers loads, and scikit-learn keeps them in a pickle",
-        "logistic_regression",
+        ("method", "C"),
+        lambda r: _fits(r, "random_forest") and _sets(r, "C"),
+        "a random forest has no weights to penalise",
+        "leave C out, or classifier: logistic_regression",
+    ),
+    *(
+        Rule(
+            ("method", name),
+            lambda r, name=name: _fits(r, "logistic_regression") and _sets(r, name),  # type: ignore[misc]
+            "logistic regression has no trees",
+            f"leave {name} out, or classifier: random_forest",
+        )
+        for name in ("n_estimators", "max_depth", "min_samples_leaf")
+    ),
+    Rule(
+        ("model", "head"),
+        lambda r: (
+            _fits(r, "random_forest")
+            and r.model.head is not None
+            and r.model.head != HeadSettings(pooling=r.model.head.pooling)
+        ),
+        "the head is the random forest, which has no layers and no dropout",
+        "of head, pooling alone",
     ),
     Rule(
         ("training", "loss"),
@@ -38,7 +65,7 @@ FITTED_RULES = (
             isinstance(r.method, FeaturesMethod)
             and r.training.loss != LossSettings(class_weights=r.training.loss.class_weights)
         ),
-        "features is fitted by cross entropy; of the loss, class weights count alone",
+        "scikit-learn has its own loss; of this one, class weights count alone",
         "label_smoothing: 0 and focal_gamma: 0, or method head",
     ),
     Rule(

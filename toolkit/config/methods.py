@@ -10,6 +10,8 @@ from toolkit.config.section import Fraction, Name, PositiveFloat, PositiveInt, S
 
 Layers = Literal["all"] | Annotated[str, Field(pattern=r"^last_[1-9]\d*$")]
 Targets = Literal["auto", "all-linear"] | Annotated[list[Name], Field(min_length=1)]
+Trees = Annotated[int, Field(ge=1, le=1_000)]
+Depth = Annotated[int, Field(ge=1, le=12)]
 Decay = Annotated[float, Field(gt=0, le=1)]
 TARGETS = "auto: attention projections of the family; all-linear; or module names."
 LAYERS = (
@@ -39,11 +41,19 @@ class FeaturesMethod(Section):
 
     name: Literal["features"]
     classifier: Literal["logistic_regression", "random_forest"] = Field(
-        default="logistic_regression", description="What is fitted; a random forest is refused, for it is no head."
+        default="logistic_regression",
+        description="What is fitted. Stock transformers loads logistic regression; a random forest the toolkit alone.",
     )
     C: PositiveFloat = Field(
-        default=1.0, description="Inverse strength of the penalty on the weights of the scaled features."
+        default=1.0,
+        description="Of logistic regression: inverse strength of the penalty on the weights of the scaled features.",
     )
+    n_estimators: Trees = Field(default=100, description="Trees of the random forest.")
+    max_depth: Depth = Field(
+        default=10,
+        description="Splits on the way through a tree, at most. A tree takes 4 * 2^max_depth * (2 + labels) bytes.",
+    )
+    min_samples_leaf: PositiveInt = Field(default=1, description="Training rows in each leaf of a tree, at least.")
 
 
 class ZeroShotMethod(Section):

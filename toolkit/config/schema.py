@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from toolkit.config.methods import Depth, Trees
 from toolkit.config.methods import FullMethod as FullMethod
 from toolkit.config.methods import HeadMethod as HeadMethod
 from toolkit.config.methods import LastNMethod as LastNMethod
@@ -25,13 +26,14 @@ def _label_text(value: object) -> object:
 
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+Pooling = Literal["last", "first", "mean", "max"]
 Label = Annotated[str, Field(min_length=1), BeforeValidator(_label_text)]
 
 
 class HeadSettings(Section):
     """The layers that make logits of a text's hidden states."""
 
-    pooling: Literal["last", "first", "mean", "max"] | None = Field(
+    pooling: Pooling | None = Field(
         default=None,
         description="What of a text is classified: its last token, its first, or the mean or maximum of all; null: the "
         "architecture's own (GPT-2 last, DistilBERT first).",
@@ -45,6 +47,20 @@ class HeadSettings(Section):
     dropout: Fraction = Field(
         default=0.1, description="Behind each hidden layer's activation; of a linear head, on the pooled state."
     )
+
+
+class ForestHead(Section):
+    """A random forest in the place of those layers, as method features fits it; config.json and the manifest hold it.
+
+    Attributes:
+        pooling: What of a text is classified.
+        n_estimators: Trees.
+        max_depth: Splits on the way through each.
+    """
+
+    pooling: Pooling
+    n_estimators: Trees
+    max_depth: Depth
 
 
 class ModelSettings(Section):
@@ -122,7 +138,7 @@ class DataSettings(Section):
     label_columns: Annotated[list[Name], Field(min_length=1)] | None = Field(
         default=None,
         description="Instead of label_column: a column of 0 and 1 for each label (multi_label_classification), or a "
-        "column of numbers for each target (regression).",
+        "column of numbers for each target (regression). In .npy they are the last columns, in this order.",
     )
     label_separator: Annotated[str, Field(min_length=1)] = Field(
         default="|", description="Between the labels of a list in csv and tsv; a JSON list needs none."

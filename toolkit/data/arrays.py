@@ -1,11 +1,11 @@
-"""parquet (texts in columns) and npy (token ids with the label in the last column)."""
+"""parquet (texts in columns) and npy (token ids with the label, or a column for each, behind them)."""
 
 from __future__ import annotations
 
 import json
 import tokenize
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -134,43 +134,52 @@ def _labels(labels: pa.ChunkedArray, problems: ProblemList, name: str) -> LabelC
     return LabelColumn(names, codes.astype(np.int32))
 
 
-def read_npy(path: Path, where: str, *, with_labels: bool) -> Rows:
+def read_npy(path: Path, where: str, *, with_labels: bool, others: Sequence[str] = ()) -> Rows:
     """Read token ids, int, shape (rows, tokens + 1): the last column is the label, trailing zeros are padding.
 
     Row i counts as line i + 1. Whether the ids fit a vocabulary is checked by ``TokenTable.check_vocabulary``.
 
+    Args:
+        path: The file.
+        where: Its name for error messages.
+        with_labels: Whether the label is kept.
+        others: Names of the last columns, in their order, where a row has several targets instead of a label.
+
     Raises:
         DataError: Not an array file, an object array (never unpickled), another rank or type, a row without tokens.
     """
-    values = _load_npy(path, where)
+    tail = max(1, len(others))
+    values = _load_npy(path, where, targets=tail)
     problems = ProblemList(where)
     lengths = np.zeros(len(values), dtype=np.int64)
     for low in range(0, len(values), NPY_ROWS):
-        block = np.asarray(values[low : low + NPY_ROWS, :-1])
+        block = np.asarray(values[low : low + NPY_ROWS, :-tail])
         lengths[low : low + NPY_ROWS] = _lengths(block, low, problems)
     problems.raise_if_any()
     table = TokenTable.from_lengths(np.empty(int(lengths.sum()), dtype=np.int32), lengths)
     for low in range(0, len(values), NPY_ROWS):
-        block = np.asarray(values[low : low + NPY_ROWS, :-1])
+        block = np.asarray(values[low : low + NPY_ROWS, :-tail])
         high = low + len(block)
         real = np.arange(block.shape[1]) < lengths[low:high, None]
         table.ids[table.offsets[low] : table.offsets[high]] = block[real]
-    return Rows(where, None, table, _npy_labels(values[:, -1], where) if with_labels else None)
+    labels = _npy_labels(values[:, -1], where) if with_labels else None
+    columns = {name: _npy_labels(values[:, place - tail], where) for place, name in enumerate(others)}
+    return Rows(where, None, table, labels, others=columns)
 
 
-def _load_npy(path: Path, where: str) -> NDArray[np.integer]:
+def _load_npy(path: Path, where: str, *, targets: int) -> NDArray[np.integer]:
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except NPY_ERRORS as error:
         wrong = "an object array, which only a pickle can hold" if "bject" in str(error) else "not a readable .npy file"
         raise DataError(Problem(where, "", wrong, "integers, saved by numpy.save")) from error
-    right = "integers of shape (rows, tokens + 1), the label last"
+    right = f"integers of shape (rows, tokens + {targets}), the label{'s' * (targets > 1)} last"
     if not isinstance(values, np.ndarray):
         values.close()
         raise DataError(Problem(where, "", "an archive of arrays", right))
     if values.dtype.kind not in "iu":
         raise DataError(Problem(where, "token ids", f"an array of {values.dtype}", right))
-    if values.ndim != 2 or values.shape[1] < 2:
+    if values.ndim != 2 or values.shape[1] <= targets:
         raise DataError(Problem(where, "token ids", f"an array of shape {values.shape}", right))
     if not len(values):
         raise DataError(Problem(where, "", "there are no rows", "at least one row of data"))

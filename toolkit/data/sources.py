@@ -31,7 +31,8 @@ def read_rows(
         where: One of ``NAMED_SETS``, a path with one of ``SUFFIXES``, or ``owner/name[:config][@split]``.
         text_column: Column of the text; unused for .npy and .txt.
         label_column: Column of the label; None reads no labels. In .npy it is always the last column.
-        others: Further columns to keep as strings, each with the recipe's field that names it; .npy and .txt have none.
+        others: Further columns to keep as strings, each with the recipe's field that names it; .txt has none, and of
+            .npy those of ``data.label_columns`` are the last ones, in their order.
 
     Raises:
         DataError: It does not exist or cannot be read exactly; every problem has its line.
@@ -55,10 +56,11 @@ def _read_file(path: Path, where: str, columns: Columns) -> tuple[Rows, Origin]:
     text_column, label_column, others = columns.text, columns.label, columns.others
     if suffix == ".txt" and label_column is not None:
         raise DataError(Problem(where, "data.label_column", "a .txt file has no labels", "csv, tsv or jsonl"))
-    if suffix in (".txt", ".npy") and others:
+    absent = {n: field for n, field in others.items() if suffix == ".txt" or field != "data.label_columns"}
+    if suffix in (".txt", ".npy") and absent:
         right = "csv, tsv, jsonl or parquet"
         raise DataError(
-            Problem(where, field, f"a {suffix} file has no column {name!r}", right) for name, field in others.items()
+            Problem(where, field, f"a {suffix} file has no column {name!r}", right) for name, field in absent.items()
         )
     sha256 = sha256_of(path, where)
 
@@ -72,7 +74,7 @@ def _read_file(path: Path, where: str, columns: Columns) -> tuple[Rows, Origin]:
         if suffix == ".parquet":
             return read_parquet(path, where, text_column=text_column, label_column=label_column, others=others)
         if suffix == ".npy":
-            return read_npy(path, where, with_labels=label_column is not None)
+            return read_npy(path, where, with_labels=label_column is not None, others=tuple(others))
         if suffix == ".txt":
             return read_txt(path, where)
         return read_jsonl(path, where, text_column=text_column, label_column=label_column, others=others)

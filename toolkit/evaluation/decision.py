@@ -90,6 +90,10 @@ class Decision:
         return ", ".join(parts)
 
 
+# The likeliest label, or each from 0.5.
+PLAIN = Decision()
+
+
 def check_decision(recipe: Recipe, *, validation: int, labels: int) -> None:
     """Refuse a threshold or a temperature that the data of a run cannot give.
 

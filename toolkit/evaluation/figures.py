@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from toolkit.config.schema import ProblemType
 from toolkit.evaluation import metrics, multi_label, regression
-from toolkit.evaluation.decision import Decision
+from toolkit.evaluation.decision import PLAIN, Decision
 
 Floats = NDArray[np.floating]
-PLAIN = Decision()
 
 
 def validation_figures(logits: Floats, targets: NDArray[Any], *, problem_type: ProblemType) -> dict[str, float]:

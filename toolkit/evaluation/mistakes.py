@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.config.schema import ProblemType
-from toolkit.evaluation.metrics import softmax
-from toolkit.evaluation.multi_label import sigmoid
+from toolkit.evaluation.decision import PLAIN, Decision
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ def worst_mistakes(
     *,
     problem_type: ProblemType,
     names: Sequence[str],
+    decision: Decision = PLAIN,
     limit: int = 20,
 ) -> list[Mistake]:
     """Return the wrong predictions with the highest probability, surest first, or the numbers furthest off.
@@ -46,17 +46,23 @@ def worst_mistakes(
         targets: As ``data.targets`` has them for this kind.
         problem_type: What the targets are.
         names: The C names in id order.
+        decision: What was fitted on validation.
         limit: At most this many.
     """
     if problem_type == "regression":
         return _furthest(logits, targets, names=names, limit=limit)
     if problem_type == "multi_label_classification":
-        return _confident_sets(logits, targets, names=names, limit=limit)
-    return confident_mistakes(logits, targets, names=names, limit=limit)
+        return _confident_sets(logits, targets, names=names, decision=decision, limit=limit)
+    return confident_mistakes(logits, targets, names=names, decision=decision, limit=limit)
 
 
 def confident_mistakes(
-    logits: NDArray[np.floating], labels: NDArray[np.integer], *, names: Sequence[str], limit: int = 20
+    logits: NDArray[np.floating],
+    labels: NDArray[np.integer],
+    *,
+    names: Sequence[str],
+    decision: Decision = PLAIN,
+    limit: int = 20,
 ) -> list[Mistake]:
     """Return the wrong predictions with the highest probability, surest first.
 
@@ -64,24 +70,30 @@ def confident_mistakes(
         logits: (N, C).
         labels: (N,), ids in [0, C).
         names: The C label names.
+        decision: What was fitted on validation.
         limit: At most this many.
     """
-    probabilities = softmax(logits)
-    predicted = probabilities.argmax(axis=1)
-    confidence = probabilities.max(axis=1)
+    probabilities = decision.probabilities(logits, problem_type="single_label_classification")
+    predicted = decision.chosen(probabilities, names=names)
+    confidence = probabilities[np.arange(len(predicted)), predicted]
     wrong = np.flatnonzero(predicted != labels)
     order = wrong[np.argsort(-confidence[wrong], kind="stable")][:limit]
     return [Mistake(int(i), names[labels[i]], names[predicted[i]], float(confidence[i])) for i in order]
 
 
 def _confident_sets(
-    logits: NDArray[np.floating], labels: NDArray[np.integer], *, names: Sequence[str], limit: int
+    logits: NDArray[np.floating],
+    labels: NDArray[np.integer],
+    *,
+    names: Sequence[str],
+    decision: Decision,
+    limit: int,
 ) -> list[Mistake]:
-    probabilities, truth = sigmoid(logits), labels.astype(bool)
-    given = probabilities >= 0.5
+    probabilities = decision.probabilities(logits, problem_type="multi_label_classification")
+    truth, given = labels.astype(bool), decision.given(probabilities, names=names)
     # How sure each decision was, for or against its label; right ones do not count.
-    sure = np.where(given == truth, 0.0, np.maximum(probabilities, 1 - probabilities)).max(axis=1)
-    wrong = np.flatnonzero(sure)
+    sure = np.where(given == truth, 0.0, np.where(given, probabilities, 1 - probabilities)).max(axis=1)
+    wrong = np.flatnonzero((given != truth).any(axis=1))
     order = wrong[np.argsort(-sure[wrong], kind="stable")][:limit]
 
     def spelt(row: NDArray[np.bool_]) -> str:

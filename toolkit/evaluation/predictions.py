@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from toolkit.durable import write_file_atomically
 from toolkit.errors import OutputError, Problem
-from toolkit.evaluation.metrics import softmax
+from toolkit.evaluation.decision import PLAIN, Decision
 
 COLUMNS = ("row", "label", "predicted", "probability")
 TFIDF = "tfidf_logistic_regression"
@@ -27,8 +27,8 @@ class Predictions:
 
     Attributes:
         labels: (N,), ids of the true labels.
-        predicted: (N,), ids of the likeliest ones.
-        probability: (N,), what the model gave its answers, 0 to 1.
+        predicted: (N,), ids of the labels that were given.
+        probability: (N,), what the model gave its answers, 0 to 1; below 0.5 where a tuned threshold is.
         baselines: (N,) ids by the name of the baseline that gave them.
     """
 
@@ -53,10 +53,18 @@ class Answers:
     baselines: dict[str, NDArray[np.bool_]]
 
 
-def predictions_of(logits: NDArray[np.floating], labels: Ints, *, baselines: Mapping[str, Ints]) -> Predictions:
-    """Return the answers that logits (N, C) give, beside those of the baselines."""
-    probabilities = softmax(logits)
-    return Predictions(labels, probabilities.argmax(axis=1), probabilities.max(axis=1), baselines)
+def predictions_of(
+    logits: NDArray[np.floating],
+    labels: Ints,
+    *,
+    names: Sequence[str],
+    decision: Decision = PLAIN,
+    baselines: Mapping[str, Ints],
+) -> Predictions:
+    """Return the answers that logits (N, C) give, decided as ``Classifier`` does, beside those of the baselines."""
+    probabilities = decision.probabilities(logits, problem_type="single_label_classification")
+    predicted = decision.chosen(probabilities, names=names)
+    return Predictions(labels, predicted, probabilities[np.arange(len(predicted)), predicted], baselines)
 
 
 def write_predictions(path: pathlib.Path, predictions: Predictions, *, row_numbers: Ints, names: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from toolkit.evaluation.metrics import accuracy_interval
 from toolkit.evaluation.paired import Paired, compare_answers
@@ -54,9 +55,14 @@ class Verdict:
 
 
 def accuracy(record: RunRecord) -> float:
-    """Return a run's accuracy on its test rows."""
-    test = record["metrics"]["test"]
-    return float(test["accuracy"]) if test else 0.0
+    """Return a run's accuracy on its test rows, decided as its predictions are."""
+    return float(_decided(record).get("accuracy", 0.0))
+
+
+def _decided(record: RunRecord) -> dict[str, Any]:
+    """Return a run's test figures, at its tuned threshold where it has one."""
+    test = record["metrics"]["test"] or {}
+    return {**test, **test.get("tuned", {})}
 
 
 def judge(candidates: Sequence[Candidate]) -> Verdict:
@@ -96,8 +102,7 @@ def judge(candidates: Sequence[Candidate]) -> Verdict:
 
 def _measure(one: Candidate) -> Measured:
     record = one.runs[one.median].record
-    test = record["metrics"]["test"]
-    assert test is not None
+    test = _decided(record)
     kept = record["prefix_cache"]
     correct = round(test["accuracy"] * test["rows"])
     return {

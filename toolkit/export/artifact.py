@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from toolkit.config.schema import HeadSettings, ProblemType
+from toolkit.config.schema import ForestHead, HeadSettings, ProblemType
 from toolkit.durable import sha256, write_file_atomically
 from toolkit.errors import AdapterError, Problem
 
@@ -82,7 +82,7 @@ class ArtifactFacts(_Part):
     problem_type: ProblemType = "single_label_classification"
     temperature: Annotated[float, Field(gt=0)] = 1.0
     thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
-    head: HeadSettings | None = None
+    head: HeadSettings | ForestHead | None = None
     template: str | None = None
 
 

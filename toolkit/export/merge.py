@@ -65,7 +65,7 @@ class MergeReport:
         return (
             f"{self.output}: {self.tensors} tensors, {self.adapted} of them merged with an adapter, "
             f"{self.bytes / 1e6:.1f} MB of {self.dtype} in {self.seconds:.1f} s\n"
-            f"logits of {parity.texts} texts against the live model: {parity.max_abs:.2g} apart at most, "
+            f"{parity.compared} of {parity.texts} texts against the live model: {parity.max_abs:.2g} apart at most, "
             f"{parity.relative:.2g} of the largest (allowed: {parity.bound:.0e})"
             + (f"\n{self.note}" if self.note else "")
         )
@@ -103,7 +103,7 @@ def merge_adapter(
     """
     started = time.perf_counter()
     source, output = pathlib.Path(source), pathlib.Path(output)
-    artifact = find_mergeable(source, output)
+    artifact = find_mergeable(source, output, dtype=dtype)
     verify_files(artifact.folder, artifact.manifest)
     found = resolve_trained_base(artifact, base=base, force=force)
     manifest = artifact.manifest

@@ -1,6 +1,8 @@
 """The proof of a merge: the exported folder, read by stock transformers, gives the live adapter's logits.
 
-A model with a head of the toolkit's own is read by the toolkit instead, and runs the stock padded body.
+A model with a head of the toolkit's own is read by the toolkit instead, and runs the stock padded body. Of one with a
+random forest, the states that its trees are asked about are compared: answers jump where a state that is rounded
+otherwise crosses a threshold.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from toolkit.evaluation.evaluate import predict_logits
 from toolkit.export.model import tensor_shapes
 from toolkit.export.stream import Shapes
 from toolkit.families import family_of, family_of_model
-from toolkit.models.forward import CLASSIFIERS, classify, unwrapped
+from toolkit.models.classification_head import is_forest
+from toolkit.models.forward import CLASSIFIERS, classify, pooled, unwrapped
 from toolkit.models.headers import read_tensor_headers
 from toolkit.models.language import next_token_logits
 from toolkit.models.load import quiet_transformers, read_config
@@ -63,6 +66,7 @@ class Parity:
         relative: The same as a share of the largest live logit.
         bound: What ``relative`` may be; on a full-precision base whose logits stay below 1, what ``max_abs`` may be.
         live_relative: The same as ``relative``, from the live model with the kernels it trained with.
+        compared: ``logits``, or ``pooled states`` before a random forest.
     """
 
     texts: int
@@ -70,6 +74,7 @@ class Parity:
     relative: float
     bound: float
     live_relative: float
+    compared: str = "logits"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures for the manifest."""
@@ -78,28 +83,35 @@ class Parity:
 
 @dataclass(frozen=True)
 class Reference:
-    """Logits (texts, labels) of the live model.
+    """Logits (texts, labels) of the live model, or its pooled states (texts, width).
 
     Attributes:
         live: With the kernels it trained with.
         exact: In float32 on the weights it stores; the same array where nothing is quantised.
         bits: Bits of the stored weights, or None.
+        compared: What they are, in words.
     """
 
     live: NDArray[np.float32]
     exact: NDArray[np.float32]
     bits: int | None
+    compared: str = "logits"
 
 
 def reference_logits(model: nn.Module, tokenizer: Tokenizer, *, max_length: int, bits: int | None) -> Reference:
     """Return the live model's logits on the probe texts; a quantised model is turned into float32 layers by it."""
     # A language model answers with the token that follows a text.
-    answer = classify if family_of_model(unwrapped(model)).head else next_token_logits
+    core = unwrapped(model)
+    answer = classify if family_of_model(core).head else next_token_logits
+    if is_forest(core.config):
+        answer = pooled
 
     def run() -> NDArray[np.float32]:
         return _probe(lambda batch: answer(model, batch), tokenizer, max_length=max_length)
 
     live = run()
+    if is_forest(core.config):
+        return Reference(live, live, None, "pooled states")
     if bits is None:
         return Reference(live, live, None)
     dequantize_layers(model)
@@ -174,13 +186,14 @@ def _check_tensors(folder: pathlib.Path, wanted: Shapes) -> None:
 
 
 def padded_forward(model: Any) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
-    """Return what makes logits (B, labels) of a padded batch by the stock body, not by the forward of training."""
+    """Return what makes logits, or a forest's states, of a padded batch by the stock body, not that of training."""
 
     def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         logits: torch.Tensor
         if family_of(model.config).own_head:
-            logits = model.head_logits(model.pooled_padded(ids, mask))
+            states = model.pooled_padded(ids, mask)
+            logits = states if is_forest(model.config) else model.head_logits(states)
         else:
             logits = model(input_ids=ids, attention_mask=mask).logits
         return logits
@@ -237,6 +250,7 @@ def _compare(found: NDArray[np.float32], reference: Reference, *, bound: float) 
         relative=float(np.abs(found - reference.exact).max() / np.abs(reference.exact).max()),
         bound=bound,
         live_relative=float(np.abs(found - reference.live).max() / np.abs(reference.live).max()),
+        compared=reference.compared,
     )
 
 
@@ -248,8 +262,9 @@ def _check(parity: Parity, reference: Reference, *, dtype: str) -> None:
     # Written so that NaN fails.
     if not (difference <= parity.bound and (reference.bits is None or parity.live_relative <= live_bound)):
         raise ToolkitError(
-            f"the merged model differs from the live one: {difference:.3g} of its logits where {dtype} allows "
-            f"{parity.bound:.3g} ({parity.live_relative:.3g} with the kernels of training); nothing was written"
+            f"the merged model differs from the live one: {difference:.3g} of its {parity.compared} where "
+            f"{dtype} allows {parity.bound:.3g} ({parity.live_relative:.3g} with the kernels of training); nothing was "
+            "written"
         )
 
 

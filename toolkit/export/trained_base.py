@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter
 
 from toolkit.adapters.configs import saved_settings
 from toolkit.config.methods import AdapterMethod
-from toolkit.config.schema import ModelSettings
+from toolkit.config.schema import HeadSettings, ModelSettings
 from toolkit.errors import AdapterError, Problem
 from toolkit.export.artifact import Artifact, Manifest
 from toolkit.families import Family, language_family
@@ -36,7 +36,9 @@ def resolve_trained_base(artifact: Artifact, *, base: str | None = None, force: 
     manifest = artifact.manifest
     if artifact.kind == "model":
         return _as_trained(ModelSettings(base=str(artifact.folder), max_length=manifest.max_length), manifest)
-    settings = ModelSettings(base=base or _name(artifact), max_length=manifest.max_length, head=manifest.head)
+    # No adapter has a forest, which is fitted into a model.
+    head = manifest.head if isinstance(manifest.head, HeadSettings) else None
+    settings = ModelSettings(base=base or _name(artifact), max_length=manifest.max_length, head=head)
     found = _as_trained(settings, manifest)
     wanted = manifest.base.fingerprint
     if found.fingerprint == wanted:

@@ -15,7 +15,7 @@ from toolkit.data.parts import LoadedData, Part
 from toolkit.data.tokenize import Tokenizer, load_tokenizer
 from toolkit.data.tokens import TokenTable
 from toolkit.errors import InputError, Problem
-from toolkit.models.base import Base, resolve_base
+from toolkit.models.base import Base, give_forest, resolve_base
 
 Lengths = NDArray[np.int64]
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -53,7 +53,7 @@ def read_sizes(recipe: Recipe) -> Inputs:
     classifies, answers = recipe.objective == "classification", recipe.objective == "instruction"
     data = load_rows(recipe.data, objective=recipe.objective)
     # A base without its weights is enough, as for a run from random ones.
-    base = resolve_base(recipe.model.model_copy(update={"random_init": True}))
+    base = give_forest(resolve_base(recipe.model.model_copy(update={"random_init": True})), recipe.method)
     tokenizer = load_tokenizer(base.path, kind=base.family.tokenizer)
     if answers:
         return _pairs(recipe, data, base, tokenizer)

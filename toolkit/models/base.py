@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.config.chain import recipe_before, trained_model
-from toolkit.config.schema import HeadSettings, ModelSettings, Recipe
+from toolkit.config.methods import FeaturesMethod, Method
+from toolkit.config.schema import ForestHead, ModelSettings, Recipe
 from toolkit.errors import ModelError, Problem, nearest
-from toolkit.families import FAMILIES, Family, with_head
+from toolkit.families import FAMILIES, OWN_HEAD, Family, with_head
 from toolkit.models.fingerprint import fingerprint
 from toolkit.models.folder import check_model_folder
-from toolkit.models.heads import own_head, settle_head
+from toolkit.models.heads import AnyHead, own_head, settle_head
 from toolkit.models.hub import HubUnreachableError, fetch_snapshot
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ class Base:
         config: The content of config.json, `model_type` as stock transformers spells it.
         family: The architecture, with the head that its classifier gets.
         weights: Whether the base's weights are used; False with ``random_init``.
-        head: The recipe's `model.head`, or what the base was trained with; None: the architecture's own.
+        head: The recipe's `model.head`, what the base was trained with, or the forest that a method fits; None: the
+            architecture's own.
     """
 
     requested: str
@@ -48,7 +50,7 @@ class Base:
     config: dict[str, Any]
     family: Family
     weights: bool = True
-    head: HeadSettings | None = None
+    head: AnyHead | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -117,6 +119,27 @@ def resolve_base(settings: ModelSettings) -> Base:
         weights=weights,
         head=head,
     )
+
+
+def give_forest(base: Base, method: Method) -> Base:
+    """Return a base with a random forest for a head, where that is what a method fits.
+
+    Args:
+        base: From ``resolve_base``; its pooling stays.
+        method: The recipe's `method` section.
+
+    Raises:
+        ModelError: The base has a random forest already, which nothing trains, or another head of the toolkit's own in
+            its place.
+    """
+    forest = isinstance(method, FeaturesMethod) and method.classifier == "random_forest"
+    if isinstance(base.head, ForestHead) or (forest and OWN_HEAD in base.config):
+        wrong = "has a head of the toolkit's own, which this method cannot train"
+        raise ModelError(Problem(base.used, "model.base", wrong, "the base that it was trained from"))
+    if not isinstance(method, FeaturesMethod) or not forest:
+        return base
+    head = ForestHead(pooling=base.family.pooling, n_estimators=method.n_estimators, max_depth=method.max_depth)
+    return replace(base, head=head, family=with_head(base.family, head.model_dump()))
 
 
 def _resolve_chained(settings: ModelSettings, before: Recipe) -> Base:

@@ -1,4 +1,4 @@
-"""Heads that stock transformers cannot express: hidden layers, and the mean or maximum over all tokens of a text."""
+"""Heads that stock transformers cannot express: hidden layers, random forests, the mean or maximum over all tokens."""
 
 from __future__ import annotations
 
@@ -49,6 +49,44 @@ class ClassificationHead(nn.Module):
         return logits
 
 
+class RandomForest(nn.Module):
+    """Trees from a pooled state to logits: the logarithms of the trees' mean probabilities.
+
+    All trees are complete: node n has the children 2n + 1 and 2n + 2, so that the shapes follow from the settings. A
+    leaf above the lowest level stands there as often as there are ways down from it.
+
+    Args:
+        settings: ``n_estimators`` and ``max_depth``, as a config.json holds them under ``OWN_HEAD``.
+        width: Of the pooled state.
+        labels: Classes.
+
+    Attributes:
+        feature: (trees, nodes), which element of the state is asked; whole numbers, exact in float32.
+        threshold: (trees, nodes), above which a state goes to the second child.
+        probability: (trees, nodes + 1, labels), of each leaf.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], *, width: int, labels: int) -> None:
+        super().__init__()
+        trees, self.depth = settings["n_estimators"], settings["max_depth"]
+        nodes = 2**self.depth - 1
+        self.feature = nn.Parameter(torch.zeros(trees, nodes))
+        self.threshold = nn.Parameter(torch.zeros(trees, nodes))
+        self.probability = nn.Parameter(torch.zeros(trees, nodes + 1, labels))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return the logits (B, labels) of pooled states (B, width)."""
+        trees, nodes = self.feature.shape
+        every = torch.arange(trees, device=pooled.device)
+        node = torch.zeros(len(pooled), trees, dtype=torch.long, device=pooled.device)
+        for _ in range(self.depth):
+            asked = pooled.to(self.threshold.dtype).gather(1, self.feature[every, node].long())
+            node = 2 * node + 1 + (asked > self.threshold[every, node])
+        mean = self.probability[every, node - nodes].mean(dim=1)
+        # No tree has seen a label there: its probability is below what float32 tells apart from 0 beside the others'.
+        return mean.clamp(min=torch.finfo(mean.dtype).eps).log()
+
+
 class NoStockHead(nn.Module):
     """An empty tensor under the stock head's name.
 
@@ -69,9 +107,15 @@ def give_own_head(model: nn.Module, config: Any) -> None:
     stock = [name for name in ("pre_classifier", "classifier", "score", "dropout") if hasattr(model, name)]
     for name in stock:
         delattr(model, name)
-    head = ClassificationHead(settings, width=config.hidden_size, labels=config.num_labels)
+    kind = RandomForest if is_forest(config) else ClassificationHead
+    head = kind(settings, width=config.hidden_size, labels=config.num_labels)
     setattr(model, OWN_HEAD, head)
     setattr(model, family_of(config).head[-1], NoStockHead())
+
+
+def is_forest(config: Any) -> bool:
+    """Return whether the head that a config describes is a random forest."""
+    return "n_estimators" in (getattr(config, OWN_HEAD, None) or {})
 
 
 def pool_packed(hidden: Tensor, packing: Packing, *, pooling: Pooling) -> Tensor:

@@ -7,12 +7,24 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from toolkit.config.schema import HeadSettings
+from toolkit.config.schema import ForestHead, HeadSettings
 from toolkit.errors import ModelError, Problem
 from toolkit.families import FAMILIES, OWN_HEAD, OWN_TYPE, Family
 
+AnyHead = HeadSettings | ForestHead
 
-def settle_head(wanted: HeadSettings | None, config: Mapping[str, Any]) -> HeadSettings | None:
+
+def read_head(described: Any) -> AnyHead:
+    """Return the head that a config.json or a manifest describes.
+
+    Raises:
+        ValidationError: It describes none.
+    """
+    forest = isinstance(described, Mapping) and "n_estimators" in described
+    return ForestHead.model_validate(described) if forest else HeadSettings.model_validate(described)
+
+
+def settle_head(wanted: HeadSettings | None, config: Mapping[str, Any]) -> AnyHead | None:
     """Return the head of a classifier on a base.
 
     Args:
@@ -24,17 +36,17 @@ def settle_head(wanted: HeadSettings | None, config: Mapping[str, Any]) -> HeadS
     """
     if OWN_HEAD not in config:
         return wanted
-    trained = HeadSettings(**config[OWN_HEAD])
+    trained = read_head(config[OWN_HEAD])
     if wanted is None:
         return trained
     found = _resolved(wanted, FAMILIES[config["model_type"]])
-    if found | {"dropout": trained.dropout} != trained.model_dump():
+    if isinstance(trained, ForestHead) or found | {"dropout": trained.dropout} != trained.model_dump():
         right = "leave head out, or take the base that this one was trained from"
         raise ModelError(Problem("", "model.head", f"the base has another one of its own: {config[OWN_HEAD]}", right))
     return wanted
 
 
-def own_head(head: HeadSettings | None, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def own_head(head: AnyHead | None, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return what config.json has to say of a head, or None where the stock architecture has that very head.
 
     Stock GPT-2 scores its last token with one layer. Stock DistilBERT has a hidden layer of the model's width with a
@@ -44,8 +56,8 @@ def own_head(head: HeadSettings | None, config: Mapping[str, Any]) -> dict[str, 
         head: From ``settle_head``.
         config: Content of the base's config.json.
     """
-    if head is None:
-        return None
+    if head is None or isinstance(head, ForestHead):
+        return None if head is None else head.model_dump()
     family = FAMILIES[config["model_type"]]
     described = _resolved(head, family)
     layers = [] if len(family.head) == 1 else [config[family.width_key]]
@@ -71,7 +83,7 @@ def plain_config(config: dict[str, Any], *, where: str) -> dict[str, Any]:
             raise ModelError(Problem(where, "model_type", f"{model_type!r} beside {OWN_HEAD}", right))
         return config
     try:
-        head = HeadSettings.model_validate(config.get(OWN_HEAD))
+        head = read_head(config.get(OWN_HEAD))
     except ValidationError as error:
         wrong = f"{error.errors(include_url=False)[0]['msg']}: {str(config.get(OWN_HEAD))[:100]}"
         raise ModelError(Problem(where, OWN_HEAD, wrong, "the file as it was exported")) from None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from toolkit.config.schema import ProblemType, QuantizationSettings
+from toolkit.config.schema import HeadSettings, ProblemType, QuantizationSettings
 from toolkit.families import OWN_HEAD, Family, language_family
 from toolkit.models.base import Base
 from toolkit.models.frozen import FrozenWeights
@@ -179,7 +179,7 @@ def classifier_config(base: Base, *, labels: tuple[str, ...], problem_type: Prob
     config.problem_type = problem_type
     if base.family.own_head:
         setattr(config, OWN_HEAD, own_head(base.head, base.config))
-    elif base.head is not None:
+    elif isinstance(base.head, HeadSettings):
         setattr(config, HEAD_DROPOUT[config.model_type], base.head.dropout)
     return config
 

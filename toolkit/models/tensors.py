@@ -23,10 +23,9 @@ MAX_LISTED = 8
 
 
 def has_head(base: Base) -> bool:
-    """Return whether the folder holds a whole classification head."""
+    """Return whether the folder holds a classification head."""
     held = read_tensor_headers(base.path)
-    layers = {base.family.output_layer, *base.family.head} - {OWN_HEAD}
-    return all(f"{path}.weight" in held for path in layers)
+    return all(any(name.startswith(f"{path}.") for name in held) for path in base.family.head)
 
 
 def check_tensors(base: Base, skeleton: nn.Module, *, head: bool) -> None:

@@ -51,7 +51,8 @@ class ArtifactRecord(TypedDict):
             the head is the toolkit's own.
         folder: Its name inside the run folder.
         max_length: Tokens of a text the model reads; the rest is cut off.
-        head: Pooling, hidden widths, activation and dropout of a head that stock transformers lacks; else null.
+        head: Pooling, and widths, activation and dropout or the size of a forest, of a head that stock transformers
+            lacks; else null.
         template: What stood around the prompts of objective instruction; null elsewhere.
     """
 

@@ -19,6 +19,10 @@ METHODS = {
         "nothing was trained: the base reads a prompt around each text, and the classification head holds its own "
         "embeddings of the labels' words",
     ),
+    "random_forest": (
+        "random forest on features",
+        "the base stayed frozen, and a random forest on its features became the classification head",
+    ),
     "gradual": (
         "gradual unfreezing",
         "the classification head was trained first, then one block more at a time from the top; the embeddings stayed "
@@ -79,21 +83,26 @@ def percent(share: float, *, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
+def _name(method: Mapping[str, Any]) -> str:
+    forest = method.get("classifier") == "random_forest"
+    return "random_forest" if forest else str(method["name"])
+
+
 def method_name(method: Mapping[str, Any]) -> str:
     """Return the method as ``LoRA, rank 16``."""
-    name = method["name"]
+    name = _name(method)
     if name == "lora":
         variant = VARIANTS.get(method.get("variant", "lora"), "LoRA")
         return f"{variant}, rank {method['r']}"
     if name == "last_n":
         blocks = method["n"]
         return "last block and head" if blocks == 1 else f"last {blocks} blocks and head"
-    return METHODS[name][0] if name in METHODS else str(name)
+    return METHODS[name][0] if name in METHODS else name
 
 
 def method_sentence(method: Mapping[str, Any], *, head: bool = True) -> str:
     """Return what was trained and what stayed frozen, as a clause; without a ``head``, of a language model."""
-    name = method["name"]
+    name = _name(method)
     if name == "lora":
         targets = method.get("target_modules", "auto")
         where = targets if isinstance(targets, str) else ", ".join(targets)
@@ -126,7 +135,10 @@ def head_sentence(head: Mapping[str, Any] | None) -> str:
     """Return what a head of the toolkit's own is, as a sentence; empty for a stock one."""
     if head is None:
         return ""
-    pooled, hidden = POOLINGS[head["pooling"]], head["hidden"]
+    pooled = POOLINGS[head["pooling"]]
+    if "n_estimators" in head:
+        return f"The head is a random forest of {head['n_estimators']} trees of depth {head['max_depth']}, on {pooled}."
+    hidden = head["hidden"]
     if not hidden:
         return f"The head is one linear layer on {pooled}."
     widths = ", ".join(map(str, hidden))

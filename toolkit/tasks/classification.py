@@ -41,7 +41,7 @@ from toolkit.memory.prefix_rule import frozen_in_low_precision
 from toolkit.models.forward import checkpoint_activations, classify, pooled, unwrapped
 from toolkit.models.load import load_classifier
 from toolkit.report.run_record import PrefixCacheRecord
-from toolkit.tasks.features import fit_linear, write_head
+from toolkit.tasks.features import fit_forest, fit_linear, write_forest, write_head
 from toolkit.tasks.task import EVALUATION_BATCH, PARTS, Kind, Setup, tokenize_parts, write_artifact
 from toolkit.training.gemm import use_gemm
 from toolkit.training.objectives import ClassificationObjective
@@ -140,15 +140,15 @@ class ClassificationTask:
         """Fit the head on the features of the training rows (method features); return the tokens that were read."""
         method, model = self._recipe.method, unwrapped(self.model)
         assert isinstance(method, FeaturesMethod)
-        linear = fit_linear(
-            self._logits("train", cache=self._caches.get("train"), read=pooled),
-            self._labels["train"],
-            method,
-            classes=len(self._names),
-            loss=self._recipe.training.loss,
-            bias=len(self._base.family.head) == 2,
-        )
-        write_head(model, linear, self._base.family)
+        features, labels = self._logits("train", cache=self._caches.get("train"), read=pooled), self._labels["train"]
+        training, classes = self._recipe.training, len(self._names)
+        if method.classifier == "random_forest":
+            forest = fit_forest(features, labels, method, classes=classes, loss=training.loss, seed=training.seed)
+            write_forest(model, forest)
+        else:
+            bias = len(self._base.family.head) == 2
+            linear = fit_linear(features, labels, method, classes=classes, loss=training.loss, bias=bias)
+            write_head(model, linear, self._base.family)
         return len(self.tables["train"].ids)
 
     def validate(self) -> dict[str, float]:
@@ -202,13 +202,25 @@ class ClassificationTask:
         """Return wrong test predictions, worst first; empty before ``judge("test")``."""
         if self._test_logits is None:
             return []
-        return worst_mistakes(self._test_logits, self._labels["test"], problem_type=self._kind, names=self._names)
+        return worst_mistakes(
+            self._test_logits,
+            self._labels["test"],
+            problem_type=self._kind,
+            names=self._names,
+            decision=self._decision,
+        )
 
     def predictions(self) -> Predictions | None:
         """Return the answers to the test rows; None before ``judge("test")``, and where a row has not one label."""
         if self._test_logits is None or self._kind != "single_label_classification":
             return None
-        return predictions_of(self._test_logits, self._labels["test"], baselines=self._baselines)
+        return predictions_of(
+            self._test_logits,
+            self._labels["test"],
+            names=self._names,
+            decision=self._decision,
+            baselines=self._baselines,
+        )
 
     def _logits(
         self, part: str, *, cache: PrefixCache | None = None, read: Callable[..., torch.Tensor] = classify

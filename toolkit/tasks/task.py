@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 from accelerate import Accelerator
 
 from toolkit.adapters.save import save_adapter
-from toolkit.config.schema import HeadSettings, Recipe
+from toolkit.config.schema import Recipe
 from toolkit.data.parts import LoadedData, Part
 from toolkit.data.tokenize import Tokenizer
 from toolkit.data.tokens import Encoded, TokenTable
@@ -23,7 +23,7 @@ from toolkit.export.staging import staged_folder
 from toolkit.listener import Listener
 from toolkit.memory.measure import MemoryWatch
 from toolkit.models.base import Base
-from toolkit.models.heads import own_head
+from toolkit.models.heads import own_head, read_head
 from toolkit.models.stored import StoredTensors
 from toolkit.report.run_record import PrefixCacheRecord
 from toolkit.training.gemm import Gemm
@@ -181,6 +181,6 @@ def artifact_facts(
         problem_type=recipe.data.problem_type,
         temperature=decision.temperature,
         thresholds=dict(decision.thresholds),
-        head=HeadSettings(**described) if labels and (described := own_head(base.head, base.config)) else None,
+        head=read_head(described) if labels and (described := own_head(base.head, base.config)) else None,
         template=recipe.instruction.template if recipe.objective == "instruction" else None,
     )
