@@ -41,6 +41,7 @@ LORA = "{name: lora}"
 CASES: dict[str, tuple[str, str, int | None, int, int, bool, bool]] = {
     "gpt2 full": ("gpt2", "{name: full}", None, 4, 128, False, True),
     "gpt2 full, checkpointing": ("gpt2", "{name: full}", None, 8, 64, True, False),
+    "gpt2 full, checkpointing, in backward": ("gpt2", "{name: full}", None, 8, 64, True, False),
     "gpt2 head": ("gpt2", "{name: head}", None, 64, 64, False, False),
     "gpt2 head, long": ("gpt2", "{name: head}", None, 8, 512, False, False),
     "gpt2 last block": ("gpt2", "{name: last_n, n: 1}", None, 32, 128, False, True),
@@ -68,12 +69,15 @@ CASES: dict[str, tuple[str, str, int | None, int, int, bool, bool]] = {
 }
 # Cases under autocast; all others are in fp32.
 BF16 = ("gpt2 lora, bf16", "gpt2 bias, bf16")
+# Cases whose weights are updated as soon as their gradients are there.
+IN_BACKWARD = ("gpt2 full, checkpointing, in backward",)
 RECIPE = """
 model: {{base: '{base}', max_length: {longest}}}
 data: {{train: '{folder}/train.npy', validation: '{folder}/held.npy', test: '{folder}/held.npy', duplicates: allow}}
 method: {method}
 quantization: {quantization}
-training: {{epochs: 2, batch_size: {batch}, gradient_checkpointing: {checkpointing}, precision: {precision}}}
+training: {{epochs: 2, batch_size: {batch}, gradient_checkpointing: {checkpointing}, precision: {precision},
+           {updates}}}
 evaluation: {{every: end}}
 output: {{dir: '{folder}/run', save_every: end, keep: 1, overwrite: true}}
 """
@@ -234,6 +238,7 @@ def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
     text = RECIPE.format(
         base=base, folder=folder, method=method, quantization=quantization, batch=batch, longest=longest,
         checkpointing=str(checkpointing).lower(), precision="bf16" if name in BF16 else "fp32",
+        updates="optimizer_in_backward: true, max_grad_norm: null" if name in IN_BACKWARD else "max_grad_norm: 1.0",
     )  # fmt: skip
     (folder / "recipe.yaml").write_text(text)
     return folder

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +80,24 @@ def test_a_table_is_read_and_cut_alike(write: WriteFile, monkeypatch: pytest.Mon
         assert part.texts.to_pylist() == other.texts.to_pylist()
         assert np.array_equal(part.row_numbers, other.row_numbers)
     assert plain.warnings == spilled.warnings
+
+
+LOADED = """
+import sys
+from toolkit.config.schema import DataSettings
+from toolkit.data.load import load_data
+load_data(DataSettings(source=sys.argv[1]))
+print(*sys.modules)
+"""
+
+
+def test_a_large_table_is_cut_without_pandas(write: WriteFile) -> None:
+    lines = [f"text number {i},{'ab'[i % 2]}" for i in range(2 * rows.SMALL_TABLE)]
+    path = write("a.csv", "text,label\n" + "\n".join(lines))
+    done = subprocess.run([sys.executable, "-c", LOADED, path], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "pyarrow" in loaded
+    assert not {"pandas", "pyarrow.parquet"} & loaded
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="wants a device that is full")

@@ -61,6 +61,26 @@ def expected(table: TokenTable) -> np.ndarray:
     return table.ids[:, None] + np.arange(WIDTH, dtype=np.float16) / 8
 
 
+def mapped_kib(file: Path) -> int:
+    """KiB of a mapped file that count as this process's memory."""
+    spans = Path("/proc/self/smaps").read_text().split(str(file))[1:]
+    return sum(int(span.partition("Rss:")[2].split()[0]) for span in spans)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux")
+def test_states_that_were_looked_at_are_not_held(table: TokenTable, tmp_path: Path) -> None:
+    file = tmp_path / "prefix" / "k" / "states"
+    cache = build(table, Compute())
+    assert mapped_kib(file) == 0
+    cache.batch(np.arange(3))
+    assert mapped_kib(file) == 0
+    again = build(table, Compute())
+    assert again.seconds == 0
+    assert mapped_kib(file) == 0
+    assert np.isfinite(again.states).all()
+    assert mapped_kib(file) > 0
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_every_token_has_its_own_state(table: TokenTable, dtype: str) -> None:
     heard: list[tuple[int, int]] = []

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from toolkit.data.labels import LabelColumn
@@ -41,6 +40,8 @@ def read_parquet(
     Raises:
         DataError: Not parquet, a missing or wrongly typed column, a null, an empty text.
     """
+    import pyarrow.parquet as pq  # 8 MiB that no other file needs
+
     wanted = wanted_columns(text_column, label_column, others)
     try:
         with pq.ParquetFile(path) as file:

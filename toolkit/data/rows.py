@@ -97,14 +97,19 @@ def _take(texts: pa.ChunkedArray, indices: NDArray[np.int64]) -> pa.ChunkedArray
         values = texts.to_pylist()
         return pa.chunked_array([string_array([values[index] for index in indices.tolist()])])
     if (np.diff(indices) < 0).any():
-        return texts.take(pa.array(indices))
+        return texts.take(_index_array(indices))
     # Chunk by chunk: a take of the whole would first copy all chunks into one.
     starts = np.cumsum([0, *(len(chunk) for chunk in texts.chunks)])
     cuts = np.searchsorted(indices, starts)
     taken = TextSpool()
     for chunk, start, low, high in zip(texts.chunks, starts, cuts, cuts[1:], strict=False):
-        taken.add(chunk.take(pa.array(indices[low:high] - start)))
+        taken.add(chunk.take(_index_array(indices[low:high] - start)))
     return taken.column()
+
+
+def _index_array(indices: NDArray[np.int64]) -> pa.Int64Array:
+    """Return an Arrow int64 array, without pandas (``string_array``): 50 MiB."""
+    return pa.Int64Array.from_buffers(pa.int64(), len(indices), [None, pa.py_buffer(np.ascontiguousarray(indices))])
 
 
 def string_array(values: list[str]) -> pa.LargeStringArray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import os
 import shutil
 import time
@@ -74,6 +75,7 @@ class PrefixCache:
             states = self.states[torch.from_numpy(index).to(self.states.device)]
         else:
             states = torch.from_numpy(self.states[index])
+            _let_go(self.states)
         batch = {"states": states, "lengths": torch.from_numpy(lengths)}
         if labels is not None:
             batch["labels"] = target_tensor(labels, rows)
@@ -176,6 +178,7 @@ def build_prefix_cache(
             _fill(part, table, compute, rows=(low, high), offsets=offsets, device=device, pad_id=pad_id)
             states.flush()
             _note(folder / "checksums", number, part)
+            _let_go(states)
             advance(high, len(table))
     seconds = time.perf_counter() - started if missing else 0.0
     return PrefixCache(states, table, blocks, pooled, seconds)
@@ -218,7 +221,18 @@ def _valid_chunks(path: Path, states: States, bounds: list[tuple[int, int]]) -> 
         # The last line of a killed pass may be half.
         if len(words) == 2 and words[0].isdigit() and words[1].isdigit():
             kept[int(words[0])] = int(words[1])
-    return {n for n, (low, high) in enumerate(bounds) if kept.get(n) == _checksum(states[low:high])}
+    valid = set()
+    for number, (low, high) in enumerate(bounds):
+        if number in kept and kept[number] == _checksum(states[low:high]):
+            valid.add(number)
+            _let_go(states)
+    return valid
+
+
+def _let_go(states: States) -> None:
+    """Drop the pages that were looked at: as long as they are mapped they count as this process's memory."""
+    if isinstance(states.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        states.base.madvise(mmap.MADV_DONTNEED)
 
 
 def _checksum(part: States) -> int:

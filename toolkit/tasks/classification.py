@@ -41,6 +41,7 @@ from toolkit.memory.prefix_rule import frozen_in_low_precision
 from toolkit.models.forward import checkpoint_activations, classify, pooled, unwrapped
 from toolkit.models.load import load_classifier
 from toolkit.report.run_record import PrefixCacheRecord
+from toolkit.runtime import return_freed_memory
 from toolkit.tasks.features import fit_forest, fit_linear, write_forest, write_head
 from toolkit.tasks.task import EVALUATION_BATCH, PARTS, Kind, Setup, tokenize_parts, write_artifact
 from toolkit.training.gemm import use_gemm
@@ -120,6 +121,7 @@ class ClassificationTask:
             checkpoint_activations(self.model, blocks)
         self._caches: dict[str, PrefixCache] = {}
         if plan is not None:
+            return_freed_memory()
             self._memory.enter("frozen blocks")
             self._caches = keep_prefixes(
                 self.model, self.tables, plan, pad_id=self._tokenizer.pad_id, accelerator=accelerator,

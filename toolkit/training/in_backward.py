@@ -14,6 +14,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from toolkit.errors import CapabilityError, Problem
+from toolkit.runtime import return_freed_memory
+
+# Bytes of a gradient from which its going leaves a hole worth giving back.
+LARGE = 1 << 20
 
 
 class InBackward:
@@ -37,8 +41,10 @@ class InBackward:
             raise CapabilityError(Problem("", "training.optimizer_in_backward", wrong, right))
         self._optimizer = optimizer
         self._norms: list[torch.Tensor] = []
-        for parameter in parameters:
+        self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._update)  # type: ignore[no-untyped-call]
+            for parameter in parameters
+        ]
 
     def _update(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
@@ -46,6 +52,15 @@ class InBackward:
         # Every other parameter has no gradient now, and is left alone.
         self._optimizer.step()
         parameter.grad = None
+        if parameter.is_cpu and parameter.nbytes >= LARGE:
+            # The moments that the first step makes lie between gradients and activations: glibc's heap keeps what is
+            # free between them, and the largest gradient, the token embedding's, comes last and on top.
+            return_freed_memory()
+
+    def remove(self) -> None:
+        """Let parameters and optimizer be as they were."""
+        for hook in self._hooks:
+            hook.remove()
 
     def take_norm(self) -> float:
         """Return the norm of all gradients since the last call; 0 without any."""

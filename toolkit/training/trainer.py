@@ -104,6 +104,9 @@ class Trainer:
 
     def release(self) -> None:
         """Let optimizer and wrapped model go; the trainer cannot be used any more."""
+        if self._in_backward is not None:
+            # The parameters would hold it, and it the optimizer.
+            self._in_backward.remove()
         self._wrapped = self.optimizer = self._in_backward = None
 
     def _timed_step(self) -> float:
