@@ -182,3 +182,26 @@ def test_capabilities(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CapabilityError, match="4 needs bitsandbytes"):
         check_quantization(settings, "cpu")
+
+
+def test_a_4_bit_layer_follows_autocast_both_ways(base: Base) -> None:
+    model = load(base, MODES["nf4"])
+    for name in sorted(quantized_names(model)):
+        layer = model.get_submodule(name)
+        weight, bias = dequantized_weight(layer), layer.bias.clone()
+        chance = torch.Generator().manual_seed(0)
+        x, slope = (torch.randn(7, width, generator=chance) for width in (layer.in_features, layer.out_features))
+        results = []
+        for run in (layer, lambda x, weight=weight, bias=bias: nn.functional.linear(x, weight, bias)):
+            given = x.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                output = run(given)
+            (output.float() * slope).sum().backward()
+            results.append((output.detach(), given.grad))
+        (ours, ours_back), (plain, plain_back) = results
+        assert ours.dtype == plain.dtype == torch.bfloat16
+        # One rounding of bf16 apart at most: the products are summed in another order.
+        torch.testing.assert_close(ours, plain, rtol=2**-7, atol=2**-8)
+        torch.testing.assert_close(ours_back, plain_back, rtol=2**-7, atol=2**-8)
+        # bitsandbytes would leave the bias rounded.
+        assert torch.equal(layer.bias, bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from typing import TYPE_CHECKING, Any
@@ -137,7 +138,27 @@ def prepare_quantized(model: PreTrainedModel) -> PreTrainedModel:
             # On AVX512-BF16 CPUs an eval forward would repack the weights in place: the next training step crashes
             # and evaluation computes with bf16 scales.
             module.support_avx512bf16_for_cpu = False
+            module.forward = functools.partial(_forward_4bit, module)
     return model
+
+
+def _forward_4bit(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Run a 4-bit layer; under autocast in its dtype, forwards and backwards, as any linear layer runs.
+
+    Left to itself it takes the dtype of its input, which behind a norm is float32.
+    """
+    import bitsandbytes as bnb
+
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        plain: torch.Tensor = type(layer).forward(layer, hidden)
+        return plain
+    dtype = torch.get_autocast_dtype(device)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    product: torch.Tensor = bnb.matmul_4bit(
+        hidden.to(dtype), layer.weight, bias=bias, quant_state=layer.weight.quant_state
+    )
+    return product
 
 
 def _exact_state_class() -> type:
