@@ -27,7 +27,8 @@ does by hand, and what it costs, not which one is best after a full training. Ti
 other work beside: read them as orders of magnitude. TF-IDF has seen all training rows, the runs about as many texts as
 their steps hold.
 
-Toolkit's rows of the embedded bases ran on one thread, where `training.gemm: auto` measured oneDNN as the faster one.
+All rows ran on one thread. Those of the embedded bases ran on an AMD EPYC with AVX-512, where `training.gemm: auto`
+measured oneDNN as the faster one; zero-shot, forests and the encoder's rows on the machine named above.
 """
 TABLE = """
 ## {data}, {base}
