@@ -246,6 +246,11 @@ def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
 
 def compare(name: str, root: pathlib.Path, sides: list[str]) -> dict[str, Any]:
     """Return what was predicted and measured for one case, and for the peer where the case has one."""
+    import torch
+
+    from toolkit.runtime import environment as facts
+
+    cpu = facts(torch.device("cpu"))["cpu"]
     folder = prepare(name, root)
     environment = {**os.environ, "TOOLKIT_CACHE": str(root / "cache"), "PYTHONPATH": str(ROOT),
                    "OMP_WAIT_POLICY": "PASSIVE"}  # fmt: skip
@@ -272,7 +277,7 @@ def compare(name: str, root: pathlib.Path, sides: list[str]) -> dict[str, Any]:
     record["plan_core_seconds"] = round(seconds, 2)
     record["predicted"] = {key: planned[key] for key in ("allocated_bytes", "peak_bytes", "breakdown", "moment")}
     for who in sides if CASES[name][6] else [side for side in sides if side == "toolkit"]:
-        record[who] = measure(who, "allocated") | measure(who, "resident")
+        record[who] = {**measure(who, "allocated"), **measure(who, "resident"), "cpu": cpu}
     return record
 
 
