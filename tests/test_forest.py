@@ -209,7 +209,7 @@ def test_nothing_is_unpickled(recipe: Any, tmp_path: Path) -> None:
         ("model.head={hidden: [8]}", "no layers and no dropout"),
         ("model.head={dropout: 0.5}", "no layers and no dropout"),
         ("training.loss.label_smoothing=0.1", "class weights count alone"),
-        ("data.problem_type=multi_label_classification", "fits one label to a text"),
+        ("data.problem_type=multi_label_classification", "give one label to a text"),
         ("quantization={bits: 4}", "quantised weights cannot be trained"),
     ],
 )

@@ -20,6 +20,7 @@ import typer
 from toolkit.cli_experiments import AsJson, Debug, Overrides, RecipeFile, compare, resample, sweep
 from toolkit.console import OUT, TerminalListener, print_error, print_metrics, print_result
 from toolkit.errors import ToolkitError
+from toolkit.lean import keep_compiler_out
 
 app = typer.Typer(
     name="toolkit",
@@ -294,6 +295,7 @@ def _one_line(error: typer.TyperException) -> str:
 def run() -> None:
     """Entry point of the ``toolkit`` console script."""
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    keep_compiler_out()
     if command == "train":
         from toolkit.runtime import use_huge_pages
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from toolkit.errors import CapabilityError, OutOfMemoryError, Problem
+from toolkit.lean import uncompiled, undistributed
 
 if TYPE_CHECKING:
     import torch
@@ -123,8 +124,11 @@ def import_models(*, adapters: bool, quantised: bool) -> None:
         adapters: Whether the run needs peft.
         quantised: Whether it needs bitsandbytes.
     """
-    with absent("scipy", "transformers.utils.is_scipy_available"):
+    with absent("scipy", "transformers.utils.is_scipy_available"), undistributed():
         importlib.import_module("transformers.modeling_utils")
+    if quantised:
+        with uncompiled():
+            importlib.import_module("bitsandbytes")
     if adapters:
         with contextlib.nullcontext() if quantised else absent("bitsandbytes", *PEFT_ASKS):
             importlib.import_module("peft")

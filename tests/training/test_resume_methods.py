@@ -108,6 +108,14 @@ def test_it_ends_bit_equal(pico_cache: PicoFolder, tmp_path: Path, name: str, fa
     end_bit_equal(recipe_of(tmp_path, pico_cache(family), LADDER[name], storage=storage), tmp_path)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw_8bit", "paged_adamw_8bit"])
+def test_so_it_does_with_every_optimizer(pico_cache: PicoFolder, tmp_path: Path, optimizer: str) -> None:
+    end_bit_equal(recipe_of(tmp_path, pico_cache("gpt2"), LADDER["full"], optimizer=optimizer), tmp_path)
+    kept = load_checkpoint(tmp_path / "checkpoints" / "step-6").tensors["optimizer"]
+    # bitsandbytes rounds the moments of 4,096 weights and more.
+    assert any(moments.dtype == torch.uint8 for moments in kept.values()) == ("8bit" in optimizer)
+
+
 @pytest.mark.parametrize(
     ("name", "family", "storage", "head"),
     [

@@ -101,7 +101,8 @@ def _give_memory(model: nn.Module) -> None:
             parts = [getattr(layer, name) for name in layer.adapter_layer_names]
             for part in parts:
                 if any(parameter.is_meta for parameter in part.parameters()):
-                    part.to_empty(device="cpu")
+                    # What ``to_empty`` does, for which torch would import sympy.
+                    part._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
 
 
 def _check_targets(model: nn.Module, settings: Mapping[str, Any], *, family: Family, where: str) -> None:

@@ -24,7 +24,13 @@ from toolkit.export.stream import MAX_SHARD_BYTES, Read
 from toolkit.export.trained_base import check_settings, resolve_trained_base
 from toolkit.export.weights import MergedWeights
 from toolkit.models.base import Base
-from toolkit.models.load import classifier_config, language_config, load_classifier, load_language_model
+from toolkit.models.load import (
+    classifier_config,
+    language_config,
+    load_classifier,
+    load_language_model,
+    without_memory,
+)
 from toolkit.models.stored import StoredTensors
 from toolkit.report.wording import OWN_HEAD
 from toolkit.runtime import return_freed_memory
@@ -174,7 +180,7 @@ def _skeleton(base: Base, manifest: Manifest) -> PreTrainedModel:
     """Return the model without memory: names, shapes, layer types and config."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with without_memory():
         model: PreTrainedModel
         if manifest.template is not None:
             model = AutoModelForCausalLM.from_config(language_config(base))

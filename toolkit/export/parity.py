@@ -28,7 +28,7 @@ from toolkit.models.classification_head import is_forest
 from toolkit.models.forward import CLASSIFIERS, classify, pooled, unwrapped
 from toolkit.models.headers import read_tensor_headers
 from toolkit.models.language import next_token_logits
-from toolkit.models.load import quiet_transformers, read_config
+from toolkit.models.load import quiet_transformers, read_config, without_memory
 from toolkit.models.quantize import dequantized_weight, is_quantized
 from toolkit.models.stored import StoredTensors
 from toolkit.models.streamed import load_body, load_head, stream_blocks
@@ -124,7 +124,7 @@ def dequantize_layers(model: nn.Module) -> None:
     stored = [(name, layer) for name, layer in model.named_modules() if is_quantized(layer)]
     for name, layer in [(name, layer) for name, layer in stored if not hasattr(layer, "base_layer")]:
         weight = dequantized_weight(layer)
-        with torch.device("meta"):
+        with without_memory():
             plain = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None)
         plain.weight = nn.Parameter(weight, requires_grad=False)
         if isinstance(layer.bias, torch.Tensor):
@@ -172,7 +172,7 @@ def _language_model(folder: pathlib.Path, config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():
-        with torch.device("meta"):
+        with without_memory():
             _check_tensors(folder, tensor_shapes(AutoModelForCausalLM.from_config(config)))
         model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     return model.eval()
@@ -216,7 +216,7 @@ def exported_model(folder: pathlib.Path) -> nn.Module:
     Raises:
         ToolkitError: If the folder's tensors are not exactly those that the model has.
     """
-    with quiet_transformers(), torch.device("meta"):
+    with quiet_transformers(), without_memory():
         model = empty_classifier(read_config(folder))
     family = family_of(model.config)
     _check_tensors(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})

@@ -238,8 +238,17 @@ def _same_labels(base: Base, config: PretrainedConfig) -> bool:
 
 def _meta(model_class: Any, config: PretrainedConfig) -> Any:
     """Return the model's skeleton: names and shapes without memory."""
-    with torch.device("meta"):
+    with without_memory():
         return model_class(config)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Give what is built inside names and shapes; numbers are not drawn, for which torch would import sympy."""
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights():
+        yield
 
 
 def _random(model_class: Any, config: PretrainedConfig, *, seed: int, dtype: torch.dtype) -> Any:

@@ -28,7 +28,8 @@ class StoredEmbedding(nn.Embedding):
     """
 
     def __init__(self, stored: StoredTensors, name: str, plain: nn.Embedding) -> None:
-        super().__init__(plain.num_embeddings, plain.embedding_dim, plain.padding_idx, device="meta")
+        size = plain.num_embeddings, plain.embedding_dim
+        super().__init__(*size, plain.padding_idx, _weight=torch.empty(size, device="meta"))
         self._stored, self._name = stored, name
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

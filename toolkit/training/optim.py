@@ -11,6 +11,7 @@ from torch import nn
 
 from toolkit.config.schema import TrainingSettings
 from toolkit.errors import CapabilityError, Problem
+from toolkit.lean import uncompiled
 from toolkit.parameters import trains
 
 
@@ -79,7 +80,8 @@ def build_optimizer(
         # One kernel over all tensors: 7 times the default loop's speed on 124 M parameters.
         return torch.optim.AdamW(groups, lr=rate, fused=True)
     try:
-        import bitsandbytes.optim as optimizers
+        with uncompiled():
+            import bitsandbytes.optim as optimizers
     except ImportError as error:
         raise CapabilityError(
             Problem("training.optimizer", "", f"{settings.optimizer} needs bitsandbytes: {error}", "optimizer: adamw")

@@ -97,10 +97,14 @@ def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
     for index, entries in optimizer.state_dict()["state"].items():
-        for key, value in entries.items():
+        # bitsandbytes puts what is quantised into a dictionary of its own, and takes it back with or without one.
+        inner = {key: value for found in entries.values() if isinstance(found, dict) for key, value in found.items()}
+        plain = {key: value for key, value in entries.items() if not isinstance(value, dict)}
+        for key, value in (plain | inner).items():
             name = f"{index}.{key}"
             if isinstance(value, torch.Tensor):
-                tensors[name] = value
+                # All parameters share the 256 values of an 8-bit code, which a file may not.
+                tensors[name] = value.clone() if key.startswith("qmap") else value
             else:
                 scalars[name] = value
     return tensors, scalars
