@@ -56,6 +56,7 @@ CASES: dict[str, tuple[str, str, int | None, int, int, bool, bool]] = {
     "gpt2 lora, 8 bits, checkpointing": ("gpt2", LORA, 8, 4, 256, True, False),
     "gpt2 lora, 4 bits": ("gpt2", LORA, 4, 8, 128, False, True),
     "gpt2 lora, 4 bits, checkpointing": ("gpt2", LORA, 4, 16, 64, True, False),
+    "gpt2 lora, 4 bits, bf16": ("gpt2", LORA, 4, 8, 128, False, False),
     "gpt2 lora, bf16": ("gpt2", LORA, None, 8, 128, False, True),
     "gpt2 bias, bf16": ("gpt2", "{name: bias}", None, 16, 128, True, False),
     "distilbert full": ("distilbert", "{name: full}", None, 16, 64, False, True),
@@ -68,7 +69,7 @@ CASES: dict[str, tuple[str, str, int | None, int, int, bool, bool]] = {
     "distilbert lora, 4 bits": ("distilbert", LORA, 4, 32, 64, False, False),
 }
 # Cases under autocast; all others are in fp32.
-BF16 = ("gpt2 lora, bf16", "gpt2 bias, bf16")
+BF16 = ("gpt2 lora, bf16", "gpt2 lora, 4 bits, bf16", "gpt2 bias, bf16")
 # Cases whose weights are updated as soon as their gradients are there.
 IN_BACKWARD = ("gpt2 full, checkpointing, in backward",)
 RECIPE = """
@@ -151,8 +152,12 @@ def measure_toolkit(folder: pathlib.Path, kind: str) -> dict[str, Any]:
     """Train the folder's recipe; return what was allocated, or what result.json says of memory."""
     from toolkit.config.load import load_recipe
     from toolkit.finetune import finetune
+    from toolkit.lean import keep_compiler_out
     from toolkit.listener import Silent
 
+    if kind == "resident":
+        # As the command line does.
+        keep_compiler_out()
     recipe = load_recipe(folder / "recipe.yaml")
     if kind == "resident":
         memory = finetune(recipe)["memory"]

@@ -7,9 +7,9 @@ from toolkit.config.schema import Recipe
 
 MIB = 2**20
 # Resident when recipe, data and base have been read and nothing of them is in memory yet; found by benchmarks/
-# memory_plan.py. CUDA: the driver's context and cuBLAS, which max_memory_allocated does not count; not measured by us.
-FRAMEWORK = {"cpu": 412 * MIB, "cuda": 500 * MIB}
-ADAPTERS, QUANTISED = 12 * MIB, 28 * MIB
+# memory_plan.py, without torch's compiler (``toolkit.lean``), which a program that imports the toolkit may have. CUDA: the driver's context and cuBLAS, which max_memory_allocated does not count; not measured by us.
+FRAMEWORK = {"cpu": 332 * MIB, "cuda": 500 * MIB}
+ADAPTERS, QUANTISED = 6 * MIB, 6 * MIB
 # Code and tables that loading a model and the first step bring.
 LATER = {"cpu": 40 * MIB, "cuda": 0}
 # What glibc's heap has free and cannot give back, in tensors of the widest kind that comes and goes: so many a block
