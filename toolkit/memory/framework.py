@@ -7,7 +7,8 @@ from toolkit.config.schema import Recipe
 
 MIB = 2**20
 # Resident when recipe, data and base have been read and nothing of them is in memory yet; found by benchmarks/
-# memory_plan.py, without torch's compiler (``toolkit.lean``), which a program that imports the toolkit may have. CUDA: the driver's context and cuBLAS, which max_memory_allocated does not count; not measured by us.
+# memory_plan.py, without torch's compiler (``toolkit.lean``): a program that imports the toolkit has 75 MiB more. CUDA:
+# the driver's context and cuBLAS, which max_memory_allocated does not count; not measured by us.
 FRAMEWORK = {"cpu": 332 * MIB, "cuda": 500 * MIB}
 ADAPTERS, QUANTISED = 6 * MIB, 6 * MIB
 # Code and tables that loading a model and the first step bring.
