@@ -44,20 +44,20 @@ REASONS = """
 - **The matrix products are the limit.** Four fifths of a LoRA step on short texts are spent inside MKL (profile of
   GPT-2, batch 8: `mm` 41 %, `addmm` 41 %, attention 5 %, GELU 4 %). The next table says how much of the machine's
   fastest product, measured in the same run, the arithmetic reaches that a step cannot do without.
-- **oneDNN helps little in fp32.** On a processor with AVX-512 its products were 1.08 to 1.28 times as fast as MKL's (205
-  against 190 GFLOP/s), on one with AVX2 they took 1.16 times as long. `training.gemm: auto` takes it where it wins by a
-  fifth.
-- **bf16 is what pays where the processor has it**: 394 GFLOP/s with AVX-512, 1,900 with AMX, beside some 200 and 310 in
-  fp32. There the tuned peer runs under bf16 autocast, and the toolkit's fp32 arms, which keep full precision, are near it;
-  like against like is the arm with `precision: bf16`. With AMX a LoRA step on short texts spends half its time outside of
-  the products: attention row by row 18 %, GELU 12 %, casts 8 %.
+- **oneDNN helps little in fp32.** On a processor with AVX-512 its products were 1.08 to 1.28 times as fast as MKL's
+  (205 against 190 GFLOP/s), on one with AVX2 they took 1.16 times as long. `training.gemm: auto` takes it where it wins
+  by a fifth.
+- **bf16 is what pays where the processor has it**: 394 GFLOP/s with AVX-512, 1,900 with AMX, beside some 200 and 310
+  in fp32. There the tuned peer runs under bf16 autocast, and the toolkit's fp32 arms, which keep full precision, are near
+  it; like against like is the arm with `precision: bf16`. With AMX a LoRA step on short texts spends half its time
+  outside of the products: attention row by row 18 %, GELU 12 %, casts 8 %.
 - **The last block pays for one pass over the frozen blocks.** Five epochs of the peer are five such passes and the
   backward pass of one block. One pass is what a first run cannot avoid, so its ratio is bounded near the number of
   epochs, times what padding costs. A second run on the same texts finds the states ("states found"); on short texts it
   did not when that row was taken, because an arm in bf16 had thrown away those in fp32 before. Loading, evaluation,
   export and report take some 3 s, half of such a run of 160 texts.
-- LoRA on short texts was measured on a processor with AMX, the last block on long texts and prediction on one with AVX2,
-  where bf16 was not tried, the others on one with AVX-512 and bf16.
+- LoRA on short texts was measured on a processor with AMX, the last block on long texts and prediction on one with
+  AVX2, where bf16 was not tried, the others on one with AVX-512 and bf16.
 
 Not measured: anything on a GPU, and prediction of 10,000 texts at once (500 were).
 """
