@@ -48,9 +48,9 @@ REASONS = """
   (205 against 190 GFLOP/s), on one with AVX2 they took 1.16 times as long. `training.gemm: auto` takes it where it wins
   by a fifth.
 - **bf16 is what pays where the processor has it**: 394 GFLOP/s with AVX-512, 1,900 with AMX, beside some 200 and 310
-  in fp32. There the tuned peer runs under bf16 autocast, and the toolkit's fp32 arms, which keep full precision, are near
-  it; like against like is the arm with `precision: bf16`. With AMX a LoRA step on short texts spends half its time
-  outside of the products: attention row by row 18 %, GELU 12 %, casts 8 %.
+  in fp32. There the tuned peer runs under bf16 autocast, and the toolkit's fp32 arms, which keep full precision, are
+  near it; like against like is the arm with `precision: bf16`. With AMX a LoRA step on short texts spends half its
+  time outside of the products: attention row by row 18 %, GELU 12 %, casts 8 %.
 - **The last block pays for one pass over the frozen blocks.** Five epochs of the peer are five such passes and the
   backward pass of one block. One pass is what a first run cannot avoid, so its ratio is bounded near the number of
   epochs, times what padding costs. A second run on the same texts finds the states ("states found"); on short texts it
