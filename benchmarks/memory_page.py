@@ -117,9 +117,10 @@ are still needed. The line "allocator" is a rule fitted to eleven of these runs,
 as many bytes as 17 of the widest tensors,
 fewer where only some blocks have a backward pass, none where weights are updated in the backward pass, which gives
 memory back as it goes. Most holes arise within one forward pass, between small tensors that are kept and large ones
-that are not, and the same recipe, run again, finds others: LoRA on all layers took 1,475 to 1,536 MiB in five runs,
-8 bits with checkpointing 970 to 1,016 in four. A fixed `mmap_threshold` of 1 MiB leaves almost no holes (DistilBERT
-with LoRA: 1,050 -> 888 MiB) and costs a fifth of a step in page faults (2.5 -> 3.0 s of a core), so it is left to you:
+that are not, and the same recipe, run again, finds others: LoRA on all layers once took 1,475 to 1,536 MiB in five
+runs, 8 bits with checkpointing 970 to 1,016 in four. A fixed `mmap_threshold` of 1 MiB leaves almost no holes
+(DistilBERT with LoRA: 1,050 -> 888 MiB) and costs a fifth of a step in page faults (2.5 -> 3.0 s of a core), so it is
+left to you:
 `GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1048576 toolkit train recipe.yaml`.
 
 Weights are read and quantised one at a time, so loading a base is never the highest moment: GPT-2 in 4 bits took 47 MiB
