@@ -29,7 +29,7 @@ from toolkit.models.load import (
     language_config,
     load_classifier,
     load_language_model,
-    without_memory,
+    skeleton,
 )
 from toolkit.models.stored import StoredTensors
 from toolkit.report.wording import OWN_HEAD
@@ -180,13 +180,12 @@ def _skeleton(base: Base, manifest: Manifest) -> PreTrainedModel:
     """Return the model without memory: names, shapes, layer types and config."""
     from transformers import AutoModelForCausalLM
 
-    with without_memory():
-        model: PreTrainedModel
-        if manifest.template is not None:
-            model = AutoModelForCausalLM.from_config(language_config(base))
-        else:
-            config = classifier_config(base, labels=tuple(manifest.labels), problem_type=manifest.problem_type)
-            model = empty_classifier(config)
+    model: PreTrainedModel
+    if manifest.template is not None:
+        model = skeleton(lambda: AutoModelForCausalLM.from_config(language_config(base)))
+    else:
+        config = classifier_config(base, labels=tuple(manifest.labels), problem_type=manifest.problem_type)
+        model = skeleton(lambda: empty_classifier(config))
     note_decision(model, manifest)
     return model
 

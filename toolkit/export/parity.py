@@ -28,7 +28,7 @@ from toolkit.models.classification_head import is_forest
 from toolkit.models.forward import CLASSIFIERS, classify, pooled, unwrapped
 from toolkit.models.headers import read_tensor_headers
 from toolkit.models.language import next_token_logits
-from toolkit.models.load import quiet_transformers, read_config, without_memory
+from toolkit.models.load import quiet_transformers, read_config, skeleton, without_memory
 from toolkit.models.quantize import dequantized_weight, is_quantized
 from toolkit.models.stored import StoredTensors
 from toolkit.models.streamed import load_body, load_head, stream_blocks
@@ -172,8 +172,7 @@ def _language_model(folder: pathlib.Path, config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():
-        with without_memory():
-            _check_tensors(folder, tensor_shapes(AutoModelForCausalLM.from_config(config)))
+        _check_tensors(folder, tensor_shapes(skeleton(lambda: AutoModelForCausalLM.from_config(config))))
         model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     return model.eval()
 
@@ -216,8 +215,8 @@ def exported_model(folder: pathlib.Path) -> nn.Module:
     Raises:
         ToolkitError: If the folder's tensors are not exactly those that the model has.
     """
-    with quiet_transformers(), without_memory():
-        model = empty_classifier(read_config(folder))
+    with quiet_transformers():
+        model = skeleton(lambda: empty_classifier(read_config(folder)))
     family = family_of(model.config)
     _check_tensors(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     stored, blocks = StoredTensors(folder, family), model.config.to_dict()[family.layers_key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -238,8 +238,15 @@ def _same_labels(base: Base, config: PretrainedConfig) -> bool:
 
 def _meta(model_class: Any, config: PretrainedConfig) -> Any:
     """Return the model's skeleton: names and shapes without memory."""
+    return skeleton(lambda: model_class(config))
+
+
+def skeleton(build: Callable[[], Any]) -> Any:
+    """Return the model that ``build`` makes as names and shapes without memory, tied ones tied."""
     with without_memory():
-        return model_class(config)
+        model = build()
+    model.tie_weights()
+    return model
 
 
 @contextmanager
