@@ -29,7 +29,9 @@ from toolkit.errors import DataError, Problem
 
 NPY_ROWS = 65_536
 # numpy parses a damaged header as Python, and takes a file that begins with PK for an archive.
-NPY_ERRORS = (ValueError, EOFError, OSError, SyntaxError, RecursionError, tokenize.TokenError, zipfile.BadZipFile)
+NPY_ERRORS = (
+    ValueError, EOFError, OSError, OverflowError, SyntaxError, RecursionError, tokenize.TokenError, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 def read_parquet(
