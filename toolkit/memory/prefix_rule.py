@@ -31,10 +31,9 @@ def worth_keeping(recipe: Recipe, *, blocks: int, rows: int) -> bool:
         return True
     if recipe.method.name == "zero_shot":
         return False
-    seen = training.epochs or 0
-    if training.epochs is None:
-        seen = (training.max_steps or 0) * training.batch_size * training.gradient_accumulation_steps / rows
-    return seen > 1 or (seen == 1 and can_stream(recipe))
+    steps = (training.max_steps or 0) * training.batch_size * training.gradient_accumulation_steps
+    seen = steps if training.epochs is None else training.epochs * rows
+    return seen > rows or (seen == rows and can_stream(recipe))
 
 
 def can_stream(recipe: Recipe) -> bool:
