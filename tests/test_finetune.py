@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 from toolkit.config.load import load_recipe
 from toolkit.errors import CheckpointError, DivergedError, OutputError
 from toolkit.finetune import finetune
+from toolkit.memory.prefix_rule import BATCH_TOKENS, worth_keeping
 from toolkit.models.stored import StoredTensors
 from toolkit.models.streamed import StreamedBlocks
 from toolkit.report.run_record import MemoryRecord, RunRecord
+from toolkit.tasks import classification
 
 __all__ = ["pico_cache"]
 
@@ -463,6 +465,46 @@ def test_frozen_blocks_that_stay_on_disk_change_no_bit(recipe_file, tmp_path, fa
     assert losses(tmp_path / "streamed") == losses(tmp_path / "whole")
     assert streamed["metrics"] == whole["metrics"]
     assert streamed["parameters"] == whole["parameters"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+def test_one_epoch_streams_its_frozen_blocks_too(recipe_file, tmp_path, family):
+    once = ["training.max_steps=null", "training.epochs=1", "training.gemm=default"]
+    path = recipe_file(family, "method: {name: last_n}")
+    runs = {"kept": "training.prefix_cache.dtype=fp32", "plain": "training.prefix_cache.enabled=false"}
+    records = {}
+    for name, override in runs.items():
+        records[name] = finetune(load_recipe(path, [*once, override, f"output.dir={tmp_path / name}"]))
+    assert records["plain"]["prefix_cache"] is None
+    assert records["kept"]["prefix_cache"]["blocks"] == 1
+    kept, plain = ([one for one in losses(tmp_path / run) if isinstance(one, float)] for run in runs)
+    assert kept == pytest.approx(plain, rel=1e-4)
+    # Rows that are seen less than once, and blocks that have to be in memory, gain nothing.
+    for seldom in (["training.max_steps=9"], [*once, "model.random_init=true"]):
+        assert not worth_keeping(load_recipe(path, seldom), blocks=1, rows=84)
+    assert worth_keeping(load_recipe(path, once), blocks=1, rows=84)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+def test_streamed_models_are_judged_so_many_tokens_at_a_time(recipe_file, tmp_path, family, monkeypatch):
+    path = recipe_file(family, "method: {name: last_n}")
+    sizes, through = [], classification.through_frozen
+
+    def watched(model, batches, *, blocks):
+        sizes.extend(batch["input_ids"].numel() for batch in batches)
+        return through(model, batches, blocks=blocks)
+
+    monkeypatch.setattr(classification, "through_frozen", watched)
+    found = {}
+    for budget in (1_024, 60):
+        monkeypatch.setitem(BATCH_TOKENS, "cpu", budget)
+        sizes.clear()
+        record = finetune(load_recipe(path, ["training.gemm=default", f"output.dir={tmp_path / str(budget)}"]))
+        assert 0 < max(sizes) <= budget
+        found[budget] = record["metrics"]["test"]
+    assert len(sizes) > 4
+    assert found[60]["loss"] == pytest.approx(found[1_024]["loss"], rel=1e-5)
+    assert found[60]["confusion"] == found[1_024]["confusion"]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "distilbert"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,13 @@ def test_distilbert_compiles_nothing(recipe: Path, pico_cache: PicoFolder) -> No
 
 def test_the_compiler_comes_when_it_is_called(recipe: Path) -> None:
     assert run_python(COMMAND + AFTERWARDS, "train", str(recipe)).split("\n")[-3:-1] == ["kept out", "works"]
+
+
+@pytest.mark.skipif(find_spec("pandas") is None, reason="nothing brings pandas")
+def test_baselines_bring_no_pandas_and_leave_it_to_whoever_wants_it(recipe: Path) -> None:
+    afterwards = 'print("pandas" in sys.modules)\nimport pandas, sklearn\nprint(pandas.DataFrame({"a": [1]}).a.sum())'
+    said = run_python(COMMAND + afterwards, "train", str(recipe), "evaluation.baselines=true").split("\n")
+    assert said[-4:-1] == ["kept out", "False", "1"]
 
 
 def test_a_process_of_several_keeps_everything(recipe: Path) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as StockTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from toolkit.data import bpe
 from toolkit.data import tokenize as tokenize_module
 from toolkit.data.bpe import END, FOLDER, read_ranks
 from toolkit.data.sources import read_rows
@@ -357,3 +358,19 @@ def test_a_cache_that_cannot_be_written_is_gone_without(
     found = tokenizer.encode_cached(pa.chunked_array([["one"]], type=pa.large_string()), max_length=9)
     assert ids_of(found) == [list(b"one")]
     assert "not written" in caplog.text
+
+
+def test_a_vocabulary_that_was_let_go_is_built_again_once(gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, built, read = load_tokenizer(gpt2, kind="bpe"), [], bpe.read_ranks
+    monkeypatch.setattr(bpe, "read_ranks", lambda path: built.append(path) or read(path))
+    tokenizer.backend.rest()
+    assert tokenizer.pad_id == 50_256
+    assert not built
+    texts = generated(5_000)
+    first = tokenizer.encode(texts, max_length=None)
+    # Several threads ask for it at once.
+    assert len(built) == 1
+    tokenizer.backend.rest()
+    assert np.array_equal(tokenizer.encode(texts, max_length=None).table.ids, first.table.ids)
+    assert tokenizer.decode(first.table[0]) == texts[0]
+    assert len(built) == 2

@@ -48,3 +48,17 @@ def test_what_is_predicted_is_what_training_takes(watched: MemoryWatch) -> None:
     assert record["peak_bytes"] == peaks["train"] < record["rss_bytes"] == peaks["export"]
     assert record["predicted_bytes"] == PREDICTED.peak_bytes == sum(record["predicted"].values())
     assert watched.record(None, shortage=[])["predicted_bytes"] is None
+
+
+def test_a_phase_begins_without_what_the_one_before_left() -> None:
+    watch = MemoryWatch(CPU)
+    # Small blocks lie in glibc's heap, which keeps what is free below the last of them.
+    blocks = [bytearray(60_000) for _ in range(3_000)]
+    last = blocks[-1]
+    watch.enter("load")
+    blocks.clear()
+    watch.enter("train")
+    watch.end()
+    assert len(last) == 60_000
+    peaks = {phase["name"]: phase["rss"] for phase in watch.phases}
+    assert peaks["train"] < peaks["load"] - 100 * MIB

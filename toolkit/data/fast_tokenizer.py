@@ -44,6 +44,9 @@ class FastBackend:
         """Return the id of a token, or None."""
         return self._tokenizer.token_to_id(token)
 
+    def rest(self) -> None:
+        """Keep what there is: it could not be built again without its files."""
+
 
 def read_tokenizer_json(path: Path, where: str) -> Tokenizer:
     """Build what a tokenizer.json describes.

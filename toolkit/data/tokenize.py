@@ -43,6 +43,9 @@ class Backend(Protocol):
     def token_id(self, token: str) -> int | None:
         """Return the id of a special token, or None."""
 
+    def rest(self) -> None:
+        """Let go of what can be built again when the next text comes."""
+
 
 @dataclass(frozen=True)
 class Tokenizer:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from toolkit.config.schema import ProblemType
 from toolkit.evaluation.multi_label import decided
 from toolkit.evaluation.regression import validation_figures
+from toolkit.runtime import import_sklearn
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -66,6 +67,7 @@ def baselines(
         vocabulary: Every token id is below it.
         seed: Of the rows taken where ``train`` has more than 20,000.
     """
+    import_sklearn()
     from sklearn.feature_extraction.text import TfidfTransformer
 
     labels = train["labels"]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from toolkit.code_pages import return_code_pages
 from toolkit.config.methods import FeaturesMethod
 from toolkit.config.schema import Recipe
 from toolkit.data.parts import LoadedData
@@ -19,14 +20,21 @@ from toolkit.memory.inputs import Inputs, pair_inputs
 from toolkit.memory.predict import predict
 from toolkit.models.base import Base
 from toolkit.report.run_record import MemoryRecord, PhaseRecord
-from toolkit.runtime import MemoryUse, held_memory, memory_kind, peak_memory, reset_peak_memory
+from toolkit.runtime import (
+    MemoryUse,
+    held_memory,
+    memory_kind,
+    peak_memory,
+    reset_peak_memory,
+    return_freed_memory,
+)
 
 # What a prediction covers; evaluation and export come after it.
 PREDICTED_PHASES = ("tokenise", "load", "frozen blocks", "train")
 
 
 class MemoryWatch:
-    """Measures the peak of each phase of a run.
+    """Measures the peak of each phase of a run; each begins without what the one before it has left behind.
 
     Args:
         device: Where the run computes.
@@ -40,12 +48,14 @@ class MemoryWatch:
         self._device = device
         self._name: str | None = None
         self._time = self._started = 0.0
+        give_back()
         self.found: MemoryUse = held_memory(device)
         self.phases: list[PhaseRecord] = []
 
     def enter(self, name: str) -> None:
         """End the phase before and start a new one."""
         self.end()
+        give_back()
         reset_peak_memory(self._device)
         self._name, self._time, self._started = name, time.time(), time.perf_counter()
 
@@ -82,6 +92,12 @@ class MemoryWatch:
             "phases": self.phases,
             "shortage": shortage,
         }
+
+
+def give_back() -> None:
+    """Return to the system what the process holds and does not need: freed memory, and code that has run."""
+    return_freed_memory()
+    return_code_pages()
 
 
 def predict_run(

@@ -62,7 +62,7 @@ def plan_prefixes(
 ) -> PrefixPlan | None:
     """Return what to keep of the training and validation rows; None where a run is better off without.
 
-    That is: no block is frozen, the rows are seen once or less, the recipe says no, or the states do not fit.
+    That is: no block is frozen, the rows are seen too seldom, the recipe says no, or the states do not fit.
 
     Args:
         recipe: All settings.

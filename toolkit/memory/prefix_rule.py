@@ -15,8 +15,11 @@ CHUNK_TOKENS = 8_192
 def worth_keeping(recipe: Recipe, *, blocks: int, rows: int) -> bool:
     """Return whether a run keeps the states of its frozen blocks, if there is room.
 
+    States that are seen once cost no more than running the blocks in each step, and these can stay on disk.
+
     Args:
-        recipe: It may switch the cache off; rows that are seen once or less are not kept.
+        recipe: It may switch the cache off; rows that are seen less than once are not kept, nor those that are seen
+            once where the blocks have to be in memory.
         blocks: Frozen blocks.
         rows: Training rows.
     """
@@ -28,9 +31,9 @@ def worth_keeping(recipe: Recipe, *, blocks: int, rows: int) -> bool:
         return True
     if recipe.method.name == "zero_shot":
         return False
-    if training.epochs is not None:
-        return training.epochs > 1
-    return (training.max_steps or 0) * training.batch_size * training.gradient_accumulation_steps > rows
+    steps = (training.max_steps or 0) * training.batch_size * training.gradient_accumulation_steps
+    seen = steps if training.epochs is None else training.epochs * rows
+    return seen > rows or (seen == rows and can_stream(recipe))
 
 
 def can_stream(recipe: Recipe) -> bool:

@@ -138,7 +138,11 @@ def _run(
             for place, packing in enumerate(packings):
                 step = partial(flat.block, block, packing=packing, last=last)
                 states = hidden[place]
-                hidden[place] = checkpoint(step, states, use_reentrant=False) if recompute else step(states)
+                found = checkpoint(step, states, use_reentrant=False) if recompute else step(states)
+                # A wave's states stay where they are: new ones would lie between activations and cut the heap.
+                alike = found.shape == states.shape and found.dtype == states.dtype
+                kept = len(hidden) > 1 and alike and not torch.is_grad_enabled()
+                hidden[place] = states.copy_(found) if kept else found
     if family.final_norm is not None and numbers.stop == len(blocks):
         hidden = [model.get_submodule(family.final_norm)(states) for states in hidden]
     return hidden

@@ -37,11 +37,10 @@ from toolkit.memory.prefix import (
     through_frozen,
 )
 from toolkit.memory.prefix_cache import PrefixCache, PrefixOverflowError
-from toolkit.memory.prefix_rule import frozen_in_low_precision
+from toolkit.memory.prefix_rule import BATCH_TOKENS, frozen_in_low_precision
 from toolkit.models.forward import checkpoint_activations, classify, pooled, unwrapped
 from toolkit.models.load import load_classifier
 from toolkit.report.run_record import PrefixCacheRecord
-from toolkit.runtime import return_freed_memory
 from toolkit.tasks.features import fit_forest, fit_linear, write_forest, write_head
 from toolkit.tasks.task import EVALUATION_BATCH, PARTS, Kind, Setup, tokenize_parts, write_artifact
 from toolkit.training.gemm import use_gemm
@@ -121,7 +120,6 @@ class ClassificationTask:
             checkpoint_activations(self.model, blocks)
         self._caches: dict[str, PrefixCache] = {}
         if plan is not None:
-            return_freed_memory()
             self._memory.enter("frozen blocks")
             self._caches = keep_prefixes(
                 self.model, self.tables, plan, pad_id=self._tokenizer.pad_id, accelerator=accelerator,
@@ -243,12 +241,15 @@ class ClassificationTask:
         streamed = unwrapped(self.model).streamed if cache is None else None
         # Blocks that the model does not have to run itself: their states are kept, or come wave by wave.
         before = streamed.count if streamed is not None else 0 if cache is None else cache.blocks
+        # What is streamed is small; 32 long rows of activations would be more than a step of training takes.
+        budget = None if streamed is None else BATCH_TOKENS.get(self._accelerator.device.type, BATCH_TOKENS["cpu"])
         logits = predict_logits(
             lambda batch: read(self.model, batch, blocks=before),
             table.lengths[rows],
             collate=batch_of,
             device=self._accelerator.device,
-            batch_size=EVALUATION_BATCH,
+            batch_size=budget or EVALUATION_BATCH,
+            max_tokens=budget,
             wave=None if streamed is None else partial(through_frozen, self.model, blocks=before),
         )
         if streamed is not None:

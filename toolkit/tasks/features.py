@@ -19,6 +19,7 @@ from toolkit.config.methods import FeaturesMethod
 from toolkit.config.schema import LossSettings
 from toolkit.errors import DataError, Problem
 from toolkit.families import OWN_HEAD, Family
+from toolkit.runtime import import_sklearn
 
 # Of the solver; 20 to 200 are what 1,000 to 20,000 rows took.
 ITERATIONS = 2_000
@@ -77,6 +78,7 @@ def fit_linear(
     Raises:
         DataError: If a label has no row.
     """
+    import_sklearn()
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
@@ -109,6 +111,7 @@ def fit_forest(
     Raises:
         DataError: If a label has no row.
     """
+    import_sklearn()
     from sklearn.ensemble import RandomForestClassifier
 
     _check_labels(labels, classes)

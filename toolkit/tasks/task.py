@@ -102,6 +102,7 @@ def tokenize_parts(data: LoadedData, tokenizer: Tokenizer, *, max_length: int) -
     """Return the token table of every part, and how many texts were cut; training texts are let go."""
     encoded = {name: _encode(part, tokenizer, max_length=max_length) for name, part in data.parts.items()}
     truncated = note_truncation(data, encoded, max_length=max_length)
+    tokenizer.backend.rest()
     return {name: part.table for name, part in encoded.items()}, truncated
 
 
