@@ -24,6 +24,8 @@ def print_plan(plan: MemoryPlan) -> None:
         soft_wrap=True,
     )
     OUT.print(_breakdown(predicted.breakdown, total=predicted.peak_bytes))
+    for line in plan.notes:
+        OUT.print(line, markup=False, soft_wrap=True)
     if plan.budget_bytes is None:
         return
     verdict = "fits" if plan.fits else "does not fit"
@@ -59,7 +61,7 @@ def _changes(changes: tuple[Change, ...]) -> Table:
             " ".join(f"{name}={_plain(value)}" for name, value in change.settings.items()),
             " ".join(_plain(value) for value in change.before.values()),
             sign + human_bytes(abs(change.saves_bytes)),
-            f"about x{change.time_factor:.2f}",
+            "not measured" if change.time_factor is None else f"about x{change.time_factor:.2f}",
             "same to rounding" if change.exact else "other arithmetic",
         )
     return table
