@@ -32,7 +32,7 @@ def print_plan(plan: MemoryPlan) -> None:
     written = "as written" if not plan.changes else "with these changes"
     OUT.print(f"{verdict} into {human_bytes(plan.budget_bytes)}, {written}", markup=False, soft_wrap=True)
     if plan.changes:
-        OUT.print(_changes(plan.changes))
+        OUT.print(changes_table(plan.changes))
         OUT.print(f"as written the peak is {human_bytes(plan.written.peak_bytes)}", markup=False, soft_wrap=True)
     for line in plan.advice:
         OUT.print(line, markup=False, soft_wrap=True)
@@ -50,7 +50,8 @@ def _breakdown(breakdown: dict[str, int], *, total: int) -> Table:
     return table
 
 
-def _changes(changes: tuple[Change, ...]) -> Table:
+def changes_table(changes: tuple[Change, ...]) -> Table:
+    """Return a row for each change: what it saves, costs and alters."""
     table = Table(box=None)
     for name in ("change", "was", "saves", "time", "result"):
         # A setting is there to be copied: it goes on in the next line instead of ending in dots.

@@ -29,18 +29,18 @@ def offloaded(staying: Iterable[torch.Tensor]) -> saved_tensors_hooks:
     """Return a context in which saved tensors leave their device until the backward pass reads them.
 
     Like ``torch.autograd.graph.save_on_cpu``, for one storage at a time: views travel together and once, and weights
-    never. Of a checkpointed block its input leaves; what is recomputed stays.
+    never, unless FSDP gathers them. Of a checkpointed block its input leaves; what is recomputed stays.
 
     Args:
         staying: Tensors that lie on the device anyway, with all that share their storage.
     """
-    there = {tensor.untyped_storage().data_ptr() for tensor in staying}
-    # A weak reference to a storage keeps its place from being given to another one.
+    # A weak reference keeps a storage's identity, not its bytes, from being given to another one.
+    there = {_weak(tensor.untyped_storage()) for tensor in staying}
     known: WeakValueDictionary[tuple[StorageWeakRef, int], _Moved] = WeakValueDictionary()
 
     def pack(tensor: torch.Tensor) -> Any:
         storage = tensor.untyped_storage()
-        if storage.nbytes() < OFFLOADED_FROM or storage.data_ptr() in there:
+        if storage.nbytes() < OFFLOADED_FROM or _weak(storage) in there:
             return tensor
         key = _weak(storage), tensor._version
         moved = known.get(key)
