@@ -13,6 +13,7 @@ from toolkit.config.training import TrainingSettings
 from toolkit.memory.estimate import estimate, resident
 from toolkit.memory.microbatch import MicroBatch
 from toolkit.memory.shape import model_shape
+from toolkit.memory.tape import Tape, Value
 from toolkit.training import offload
 
 # Two attention calls a block, as large as the one of a GPU: the many small ones of a CPU would keep what a GPU moves.
@@ -94,3 +95,25 @@ def test_kept_states_that_are_the_batch_itself_stay(recipe, family, dtype):
     # What was read from the disk belongs to numpy.
     unseen = batch.tokens * shape.width * (4 if dtype == "fp32" else 2)
     assert predicted.allocated_bytes - held == pytest.approx(real.peak - real.held + unseen, rel=0.02)
+
+
+def test_what_leaves_and_what_is_held_by_others():
+    tape = Tape(offloaded_from=10)
+    source = Value(tape.take(100, "batch"), 100, True)
+    # Its input and 30 bytes leave, as do 20 bytes that autocast holds until the forward pass ends; 5 are too few.
+    wide = tape.record(50, (source,), saves=(source,), extra=50, cached=20)
+    result = tape.record(8, (wide,), saves=(wide,), extra=5)
+    tape.free(source, wide)
+    assert tape.held == 20 + 8 + 5
+    tape.backward(result)
+    # The result; the gradient of the middle; what came back; and the gradient that is being made.
+    assert tape.peak == 8 + 50 + (100 + 30 + 20) + 100
+    assert tape.held == 8 + 100
+
+
+def test_an_input_that_its_layer_holds_stays():
+    tape = Tape(offloaded_from=10)
+    source = Value(tape.take(100, "batch"), 100, True)
+    tape.record(50, (source,), pinned=(source,))
+    tape.free(source)
+    assert tape.held == 100 + 50
