@@ -288,10 +288,16 @@ def compare(name: str, root: pathlib.Path, sides: list[str]) -> dict[str, Any]:
 
 def main(names: list[str], sides: list[str]) -> None:
     import peers
+    import torch
+
+    from toolkit.training.gemm import choose_gemm
 
     path = peers.RESULTS / f"{RESULT}.json"
     cases = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
+        # A machine's first run measures which library multiplies; a plan of the first case is to know it, too.
+        os.environ["TOOLKIT_CACHE"] = str(pathlib.Path(folder) / "cache")
+        choose_gemm("auto", torch.device("cpu"))
         for name in names:
             started = time.perf_counter()
             record = cases[name] = {**cases.get(name, {}), **compare(name, pathlib.Path(folder), sides)}

@@ -256,6 +256,20 @@ def test_a_signal_saves_and_the_same_command_goes_on_bit_equal(recipe_file, tmp_
     assert same_weights(stopped / "adapter", tmp_path / "plain" / "adapter")
 
 
+def test_evaluating_more_often_changes_no_step(recipe_file, tmp_path):
+    """Dropout comes back after an evaluation, and not in what is frozen below the trained blocks."""
+    path = recipe_file("gpt2", "method: {name: last_n, n: 1}")
+    curves = []
+    for every in ("end", 1):
+        run = tmp_path / f"run-{every}"
+        settings = ["training.prefix_cache.enabled=false", f"evaluation.every={every}", f"output.dir={run}"]
+        finetune(load_recipe(path, settings))
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        curves.append([line["loss"] for line in lines if "loss" in line])
+    assert len(curves[0]) == 14
+    assert curves[0] == curves[1]
+
+
 def test_two_processes_give_the_single_process_curve(recipe_file, tmp_path, pico_no_dropout):
     path = recipe_file("gpt2", "method: {name: full}")
     common = [f"model.base={pico_no_dropout}", "training.gradient_accumulation_steps=1", "training.max_steps=12"]

@@ -293,13 +293,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
     facts |= {name: importlib.metadata.version(name) for name in LIBRARIES}
     facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    facts["cpu"] = _cpu_name()
+    facts["cpu"] = cpu_name()
     facts["threads"] = torch.get_num_threads()
     facts["allocator"] = os.environ.get("GLIBC_TUNABLES", "as the system sets it")
     return facts
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return what the processor calls itself."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

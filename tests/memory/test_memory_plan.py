@@ -15,6 +15,7 @@ from toolkit.console_plan import changes_table
 from toolkit.errors import InputError, OutputError
 from toolkit.memory.inputs import parse_bytes
 from toolkit.memory.plan import Change, write_recipe
+from toolkit.training.gemm_choice import remember_gemm
 
 MIB = 2**20
 
@@ -43,6 +44,18 @@ def test_the_parts_add_up_and_larger_batches_need_more(written):
     small, large = (plan_memory(load_recipe(written, [f"training.batch_size={n}"]), device="cpu") for n in (4, 32))
     assert sum(small.estimate.breakdown.values()) == small.estimate.peak_bytes < large.estimate.peak_bytes
     assert small.fits is None
+
+
+def test_a_plan_knows_which_library_will_multiply(written, tmp_path, monkeypatch):
+    """oneDNN's rows are filled up; a machine on which it won is one where ``auto`` does so, too."""
+    monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path / "cache"))
+    wanted = ("default", "onednn", "auto")
+    recipes = {gemm: load_recipe(written, [f"training.gemm={gemm}"]) for gemm in wanted}
+    default, filled, guessed = (plan_memory(recipes[gemm], device="cpu").estimate for gemm in wanted)
+    assert default.allocated_bytes < filled.allocated_bytes
+    assert guessed == default
+    remember_gemm("onednn", threads=2)
+    assert plan_memory(recipes["auto"], device="cpu").estimate == filled
 
 
 def test_a_budget_is_met_at_the_same_effective_batch(written):

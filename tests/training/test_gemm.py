@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as functional
 from pico import BaseOf, PicoFolder, base_of, pico_cache
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from toolkit.adapters.apply import apply_method
 from toolkit.config.schema import FullMethod, LastNMethod, LoraMethod
 from toolkit.models.forward import classify
 from toolkit.models.load import load_classifier
 from toolkit.training import gemm
+from toolkit.training.gemm_choice import remembered_gemm
 
 __all__ = ["base_of", "pico_cache"]
 
@@ -69,7 +73,20 @@ def test_both_libraries_give_the_same_logits_and_gradients(
     assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize(("gain", "chosen"), [(0.8, "default"), (1.1, "default"), (2.0, "onednn")])
+@needs_onednn
+@pytest.mark.parametrize("layer", [Conv1D(96, 64), nn.Linear(64, 96)])
+def test_a_weights_gradient_lies_in_memory_as_the_weight_does(layer: Any) -> None:
+    """Else it is copied across, element by element, before it is accumulated."""
+    model = nn.Sequential(layer)
+    hidden = torch.randn(5, 64)
+    [expected] = torch.autograd.grad(model(hidden).square().sum(), layer.weight)
+    layer.forward = functools.partial(gemm._forward, layer)
+    [found] = torch.autograd.grad(model(hidden).square().sum(), layer.weight)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    assert found.stride() == layer.weight.stride()
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(0.8, "default"), (1.05, "default"), (1.12, "onednn")])
 @needs_onednn
 def test_the_faster_one_is_chosen_once_for_a_machine(
     gain: float, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -80,6 +97,9 @@ def test_the_faster_one_is_chosen_once_for_a_machine(
     monkeypatch.setattr(gemm, "measured_gain", lambda: 1 / gain)
     assert gemm.choose_gemm("auto", CPU) == chosen
     assert list(json.loads((tmp_path / "cache" / "gemm.json").read_text()).values()) == [chosen]
+    # A plan knows no number of threads.
+    assert remembered_gemm() == chosen
+    assert remembered_gemm(torch.get_num_threads() + 1) is None
     assert gemm.choose_gemm("onednn", CPU) == "onednn"
     assert gemm.choose_gemm("auto", torch.device("meta")) == "default"
 
@@ -87,8 +107,9 @@ def test_the_faster_one_is_chosen_once_for_a_machine(
 def test_a_damaged_answer_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path))
     monkeypatch.setattr(gemm, "measured_gain", lambda: 0.5)
-    for damage in ("{", "[1]", '{"x": 3}'):
+    for damage in ("{", "[1]", '{"x": 3}', '{"x": [3]}'):
         (tmp_path / "gemm.json").write_text(damage)
+        assert remembered_gemm() is None
         assert gemm.choose_gemm("auto", CPU) == "default"
 
 

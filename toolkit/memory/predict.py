@@ -23,6 +23,7 @@ from toolkit.memory.prefix_rule import (
     worth_keeping,
 )
 from toolkit.memory.shape import ModelShape, model_shape
+from toolkit.training.gemm_choice import remembered_gemm
 
 EVALUATION_BATCH = 32
 
@@ -47,6 +48,10 @@ def predict(recipe: Recipe, inputs: Inputs, *, device: str, found: int | None = 
     shape = model_shape(inputs.base.config, recipe, labels=inputs.labels)
     precision = recipe.training.precision
     low = device == "cuda" if precision == "auto" else precision != "fp32"
+    gemm = recipe.training.gemm
+    if gemm == "auto" and device == "cpu":
+        # As a run will find it; before the first one of this machine it is a guess.
+        gemm = remembered_gemm() or "default"
     return estimate(
         shape,
         batches=largest_micro_batches(
@@ -67,7 +72,7 @@ def predict(recipe: Recipe, inputs: Inputs, *, device: str, found: int | None = 
                 classes=classes,
             )
         ],
-        training=recipe.training,
+        training=recipe.training.model_copy(update={"gemm": gemm}),
         quantization=recipe.quantization,
         device=device,
         low_precision=low,

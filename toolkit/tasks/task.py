@@ -26,7 +26,7 @@ from toolkit.models.base import Base
 from toolkit.models.heads import own_head, read_head
 from toolkit.models.stored import StoredTensors
 from toolkit.report.run_record import PrefixCacheRecord
-from toolkit.training.gemm import Gemm
+from toolkit.training.gemm_choice import Gemm
 from toolkit.training.objectives import Objective
 
 PARTS = ("train", "validation", "test")

@@ -97,6 +97,7 @@ class Trainer:
             StoppedError: After SIGINT or SIGTERM, once a checkpoint is saved.
         """
         with self._signals:
+            self._wrapped.train()
             while self.progress.step < self.plan.total_steps and not self.progress.stopped_early:
                 loss = self._timed_step()
                 self._after_step(loss)
@@ -144,7 +145,6 @@ class Trainer:
         """Fill the gradients of a step, in smaller pieces where it does not fit; return mean loss share and tokens."""
         rows = self.plan.micro_batches(step, rank=self.accelerator.process_index)
         training, progress = self.recipe.training, self.progress
-        self._wrapped.train()
         while (done := self._attempt(split_rows(rows, progress.pieces), step)) is None:
             self.optimizer.zero_grad()
             return_freed_memory()
@@ -271,6 +271,7 @@ class Trainer:
         started = time.perf_counter()
         with memory_errors(self._out_of_memory):
             metrics = self._evaluate()
+        self._wrapped.train()
         progress = self.progress
         progress.seconds += time.perf_counter() - started
         progress.evaluated[str(progress.step)] = metrics
