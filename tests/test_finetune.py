@@ -17,13 +17,16 @@ from pico import pico_cache
 from safetensors.torch import load_file
 
 from toolkit.config.load import load_recipe
+from toolkit.config.training import TrainingSettings
 from toolkit.errors import CheckpointError, DivergedError, OutputError
 from toolkit.finetune import finetune
+from toolkit.listener import Silent
 from toolkit.memory.prefix_rule import BATCH_TOKENS, worth_keeping
 from toolkit.models.stored import StoredTensors
 from toolkit.models.streamed import StreamedBlocks
 from toolkit.report.run_record import MemoryRecord, RunRecord
 from toolkit.tasks import classification
+from toolkit.training import offload
 
 __all__ = ["pico_cache"]
 
@@ -137,6 +140,7 @@ def test_every_method_leaves_the_run_folder_of_the_contract(recipe_file, tmp_pat
 IMPORTED = """
 import sys
 from toolkit.config.load import load_recipe
+from toolkit.config.training import TrainingSettings
 from toolkit.finetune import finetune
 finetune(load_recipe(sys.argv[1], ["evaluation.baselines=false"]))
 print(*sys.modules)
@@ -410,6 +414,37 @@ def test_gradient_checkpointing_changes_no_weight(recipe_file, tmp_path, pico_no
     for name in a:
         assert torch.allclose(a[name], b[name], atol=1e-6), name
         assert torch.allclose(a[name], c[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+@pytest.mark.parametrize("method", ["{name: full}", "{name: lora, r: 4}"])
+def test_activations_that_leave_the_device_change_no_bit(recipe_file, tmp_path, family, method, monkeypatch):
+    travelled = []
+    moved = offload._Moved
+    monkeypatch.setattr(offload, "OFFLOADED_FROM", 1 << 10)
+    monkeypatch.setattr(offload, "_Moved", lambda storage: travelled.append(1) or moved(storage))
+    # A CPU that counts as a GPU.
+    monkeypatch.setattr(TrainingSettings, "offloads", lambda self, device: self.activation_offload)
+    path = recipe_file(family, f"method: {method}")
+    for name, overrides in {"a": ["false"], "b": ["true"], "c": ["true", "training.gradient_checkpointing=1"]}.items():
+        first, *more = overrides
+        finetune(load_recipe(path, [f"training.activation_offload={first}", *more, f"output.dir={tmp_path / name}"]))
+        assert bool(travelled) is (name != "a")
+        travelled.clear()
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") == losses(tmp_path / "c")
+    kind = "adapter" if "lora" in method else "model"
+    assert same_weights(tmp_path / "a" / kind, tmp_path / "b" / kind)
+    assert same_weights(tmp_path / "a" / kind, tmp_path / "c" / kind)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_cpu_says_that_it_has_no_other_memory(recipe_file, wanted):
+    lines = []
+    told = Silent()
+    told.say = lines.append
+    finetune(load_recipe(recipe_file(), [f"training.activation_offload={str(wanted).lower()}"]), listener=told)
+    line = "warning: training.activation_offload does nothing on cpu, whose memory is the machine's"
+    assert (line in lines) is wanted
 
 
 def test_precision_bf16_runs_and_is_recorded(recipe_file):

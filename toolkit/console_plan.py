@@ -24,13 +24,15 @@ def print_plan(plan: MemoryPlan) -> None:
         soft_wrap=True,
     )
     OUT.print(_breakdown(predicted.breakdown, total=predicted.peak_bytes))
+    for line in plan.notes:
+        OUT.print(line, markup=False, soft_wrap=True)
     if plan.budget_bytes is None:
         return
     verdict = "fits" if plan.fits else "does not fit"
     written = "as written" if not plan.changes else "with these changes"
     OUT.print(f"{verdict} into {human_bytes(plan.budget_bytes)}, {written}", markup=False, soft_wrap=True)
     if plan.changes:
-        OUT.print(_changes(plan.changes))
+        OUT.print(changes_table(plan.changes))
         OUT.print(f"as written the peak is {human_bytes(plan.written.peak_bytes)}", markup=False, soft_wrap=True)
     for line in plan.advice:
         OUT.print(line, markup=False, soft_wrap=True)
@@ -48,7 +50,8 @@ def _breakdown(breakdown: dict[str, int], *, total: int) -> Table:
     return table
 
 
-def _changes(changes: tuple[Change, ...]) -> Table:
+def changes_table(changes: tuple[Change, ...]) -> Table:
+    """Return a row for each change: what it saves, costs and alters."""
     table = Table(box=None)
     for name in ("change", "was", "saves", "time", "result"):
         # A setting is there to be copied: it goes on in the next line instead of ending in dots.
@@ -59,7 +62,7 @@ def _changes(changes: tuple[Change, ...]) -> Table:
             " ".join(f"{name}={_plain(value)}" for name, value in change.settings.items()),
             " ".join(_plain(value) for value in change.before.values()),
             sign + human_bytes(abs(change.saves_bytes)),
-            f"about x{change.time_factor:.2f}",
+            "not measured" if change.time_factor is None else f"about x{change.time_factor:.2f}",
             "same to rounding" if change.exact else "other arithmetic",
         )
     return table

@@ -19,6 +19,7 @@ from toolkit.config.chain import recipe_before
 from toolkit.config.load import pointing_into
 from toolkit.config.methods import ZeroShotMethod, leaves_adapter
 from toolkit.config.schema import OutputSettings, Recipe
+from toolkit.config.training import no_offload
 from toolkit.data.pairs import load_rows
 from toolkit.data.parts import LoadedData
 from toolkit.data.prompt import build_prompt
@@ -186,6 +187,8 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     for line in describe_training(parameters, plan, lengths.mean(), task.truncated):
         listener.say(line)
     listener.say(f"machine: {device}, {precision}, {accelerator.num_processes} process(es), matrix products: {gemm}")
+    if settings.activation_offload and not settings.offloads(device.type):
+        listener.say(f"warning: {no_offload(device.type)}")
 
     # Training.
     check_space(folder.path, needed=disk_estimate(parameters, settings=recipe.output, folder=folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from toolkit.models.heads import own_head
 from toolkit.training.in_backward import InBackward
 from toolkit.training.instruction import InstructionObjective
 from toolkit.training.objectives import ClassificationObjective
+from toolkit.training.offload import offloaded
 from toolkit.training.optim import build_optimizer
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -77,11 +79,13 @@ def measure(
     kept: int = 0,
     streamed: bool = False,
     responses: list[int] | None = None,
+    offload: bool = False,
 ) -> Measured:
     """Take two optimizer steps on one batch of these lengths and measure the second, when Adam's state exists.
 
     With ``kept``, the states of so many blocks are drawn at random instead of computed, and with ``streamed`` these
     blocks and the token embedding have no memory. With ``responses``, so many tokens at the end of each row carry loss.
+    With ``offload``, saved tensors leave for the machine's memory.
     """
     model = build_model(config, recipe)
     if streamed:
@@ -110,7 +114,10 @@ def measure(
     micro_batches = [np.arange(len(lengths))] * recipe.training.gradient_accumulation_steps
 
     def forward(rows: np.ndarray) -> torch.Tensor:
-        return objective(objective.batch(rows, step=0))
+        batch = objective.batch(rows, step=0)
+        staying = (*objective.parameters(), *objective.buffers(), *batch.values())
+        with offloaded(staying) if offload else nullcontext():
+            return objective(batch)
 
     inside = checked_in_backward(recipe, trained, optimizer)
 

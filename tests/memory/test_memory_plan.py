@@ -11,9 +11,10 @@ from pico import TEXTS, write_tokenizer
 
 from toolkit import plan_memory
 from toolkit.config.load import load_recipe
+from toolkit.console_plan import changes_table
 from toolkit.errors import InputError, OutputError
 from toolkit.memory.inputs import parse_bytes
-from toolkit.memory.plan import write_recipe
+from toolkit.memory.plan import Change, write_recipe
 from toolkit.training.gemm_choice import remember_gemm
 
 MIB = 2**20
@@ -81,6 +82,57 @@ def test_kept_states_of_frozen_blocks_are_proposed(written):
     assert not change.exact
     write_recipe(found, written.with_name("kept.yaml"))
     assert load_recipe(written.with_name("kept.yaml")) == found.recipe
+
+
+def test_activations_leave_a_gpu_where_nothing_that_was_measured_fits(written):
+    # A budget of tokens leaves the batches as they are.
+    given = ["method={name: lora}", "training.max_tokens_per_batch=8192", "training.gradient_accumulation_steps=1"]
+    recomputing = plan_memory(load_recipe(written, [*given, "training.gradient_checkpointing=true"]), device="cuda")
+    recipe = load_recipe(written, given)
+    roomy = plan_memory(recipe, budget=recomputing.estimate.peak_bytes, device="cuda")
+    assert roomy.recipe.training.gradient_checkpointing is True
+    assert not roomy.recipe.training.activation_offload
+    assert roomy.notes == ()
+    tight = plan_memory(recipe, budget=recomputing.estimate.peak_bytes - 1, device="cuda")
+    assert tight.fits
+    assert tight.recipe.training.activation_offload
+    assert tight.recipe.training.optimizer == "adamw"
+    assert tight.recipe.quantization is None
+    [change] = [change for change in tight.changes if "training.activation_offload" in change.settings]
+    assert (change.time_factor, change.exact) == (None, True)
+    assert change.saves_bytes > 10 * MIB
+    assert "not measured" in tight.notes[0]
+    write_recipe(tight, written.with_name("moved.yaml"))
+    assert load_recipe(written.with_name("moved.yaml")) == tight.recipe
+
+
+def test_activations_stay_in_the_plan_of_a_cpu(written):
+    plain, moved = (
+        plan_memory(load_recipe(written, [f"training.activation_offload={value}"]), budget="4GiB", device="cpu")
+        for value in ("false", "true")
+    )
+    assert moved.estimate == plain.estimate
+    assert moved.notes == ("training.activation_offload does nothing on cpu, whose memory is the machine's",)
+    assert not any("training.activation_offload" in change.settings for change in moved.changes)
+
+
+def test_a_gpu_keeps_an_operation_and_what_is_small(written):
+    plain, moved = (
+        plan_memory(
+            load_recipe(written, ["method={name: lora}", f"training.activation_offload={value}"]), device="cuda"
+        ).estimate
+        for value in ("false", "true")
+    )
+    assert moved.breakdown["weights"] == plain.breakdown["weights"]
+    kept = [sum(size for part, size in one.breakdown.items() if "activations" in part) for one in (plain, moved)]
+    assert kept[1] < kept[0] / 5
+
+
+def test_the_table_gives_no_time_that_was_not_measured():
+    moved = Change({"training.activation_offload": True}, {"training.activation_offload": False}, MIB, None, True)
+    smaller = Change({"training.batch_size": 4}, {"training.batch_size": 8}, MIB, 1.25, True)
+    times = next(column for column in changes_table((moved, smaller)).columns if column.header == "time")
+    assert list(times.cells) == ["not measured", "about x1.25"]
 
 
 def test_what_cannot_fit_is_explained(written):

@@ -25,12 +25,13 @@ def with_training(recipe: Recipe, **settings: Any) -> Recipe:
     return recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
 
 
-def candidates(recipe: Recipe, *, blocks: int) -> list[Recipe]:
+def candidates(recipe: Recipe, *, blocks: int, device: str) -> list[Recipe]:
     """Return the recipe's variants of the same effective batch.
 
     Args:
         recipe: As it was written.
         blocks: Of its base; none, all, or so many quarters of them are recomputed.
+        device: ``cpu`` or ``cuda``; on CUDA activations may leave it.
     """
     training = recipe.training
     effective = training.batch_size * training.gradient_accumulation_steps
@@ -41,14 +42,16 @@ def candidates(recipe: Recipe, *, blocks: int) -> list[Recipe]:
     optimizers = ["adamw", "adamw_8bit"] if training.optimizer == "adamw" else [training.optimizer]
     found = []
     quarters = sorted({quarter * blocks // 4 for quarter in (1, 2, 3)} - {0})
-    for size, checkpointing, optimizer, quantization, cache in itertools.product(
-        sizes, (False, *quarters, True), optimizers, _quantizations(recipe), _prefix_caches(recipe)
+    offloads = (False, True) if device == "cuda" else (training.activation_offload,)
+    for size, checkpointing, offload, optimizer, quantization, cache in itertools.product(
+        sizes, (False, *quarters, True), offloads, optimizers, _quantizations(recipe), _prefix_caches(recipe)
     ):
         changed = with_training(
             recipe,
             batch_size=size,
             gradient_accumulation_steps=effective // size,
             gradient_checkpointing=checkpointing,
+            activation_offload=offload,
             optimizer=optimizer,
             prefix_cache=cache,
         ).model_copy(update={"quantization": quantization})
@@ -88,7 +91,7 @@ def slowness(recipe: Recipe, *, mean_length: float, trained_share: float, blocks
     """Return the estimated time of a token, 1 for one in an endless micro-batch of a plain recipe.
 
     Args:
-        recipe: Its training and quantisation sections count.
+        recipe: Its training and quantisation sections count, but for activation_offload, which was not measured.
         mean_length: Tokens of a text.
         trained_share: Trained elements over all.
         blocks: Of its base.

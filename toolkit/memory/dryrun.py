@@ -58,11 +58,15 @@ class DryRun:
     def _states(self) -> Value:
         """Read what the frozen blocks left, and widen it to float32."""
         tape, shape, batch = self.tape, self.shape, self.batch
-        tape.moment = tape.part = "states"
+        tape.moment, tape.part = "states", "embeddings"
         elements = (batch.rows if self.setting.kept == shape.layers else batch.tokens) * shape.width
         if self.setting.kept_bytes < FULL:
             tape.take(elements * self.setting.kept_bytes, "batch")
-        return tape.record(elements * FULL, ())
+        states = tape.record(elements * FULL, ())
+        if self.setting.kept_bytes == FULL:
+            # The batch's own, which stays to the end of the step.
+            states.storage.references += 1
+        return states
 
     def _block(self, hidden: Value, index: int) -> Value:
         trained = self.setting.training and index >= self.shape.first_trained

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from toolkit.config.schema import QuantizationSettings, TrainingSettings
+from toolkit.config.training import OFFLOADED_FROM
 from toolkit.memory.dryrun import DryRun
 from toolkit.memory.framework import holes
 from toolkit.memory.layers import FULL
@@ -106,7 +107,10 @@ def estimate(
             batch = batch.in_steps()
         learns = name == "training"
         # Gradients that are added to others, or used at once, do not stay.
-        tape = Tape(accumulating=accumulating or training.optimizer_in_backward)
+        tape = Tape(
+            accumulating=accumulating or training.optimizer_in_backward,
+            offloaded_from=OFFLOADED_FROM if training.offloads(device) else None,
+        )
         held = resident(shape, training=training, quantization=quantization, device=device, low_frozen=low_frozen)
         if kept and streamed:
             held["weights"] -= on_disk(shape, blocks=shape.frozen, low_frozen=low_frozen)

@@ -191,7 +191,7 @@ class Layers:
             # Autocast multiplies, and keeps, a copy in low precision of inputs that are float32.
             wide = self.setting.low_precision and source.size == rows * layer.fan_in * FULL
             saves, copy = ((), source.size // 2) if wide else ((source,), 0)
-            result = tape.record(size, (source,), saves=saves, extra=cast + copy, parameters=own)
+            result = tape.record(size, (source,), saves=saves, extra=cast + copy, cached=cast, parameters=own)
         else:
             bias = (layer.fan_out * FULL,) if self.setting.training and self.shape.biases_train else ()
             result = tape.record(size, (source,), extra=0 if self.setting.low_frozen else cast, parameters=bias)

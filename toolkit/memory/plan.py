@@ -12,6 +12,7 @@ import numpy as np
 from toolkit.config.load import dump_recipe
 from toolkit.config.methods import FeaturesMethod
 from toolkit.config.schema import Recipe
+from toolkit.config.training import no_offload
 from toolkit.durable import write_file_atomically
 from toolkit.errors import OutputError, Problem, RecipeError
 from toolkit.memory.candidates import alternatives, candidates, losses, slowness, with_training
@@ -29,14 +30,14 @@ class Change:
         settings: Dotted settings and their new values, as overrides.
         before: What the recipe said.
         saves_bytes: Peak before it minus peak after it, the changes above it already made.
-        time_factor: Estimated time of a step over the time without it.
+        time_factor: Estimated time of a step over the time without it; None where nothing like it was measured.
         exact: Whether the arithmetic stays the same to rounding.
     """
 
     settings: dict[str, Any]
     before: dict[str, Any]
     saves_bytes: int
-    time_factor: float
+    time_factor: float | None
     exact: bool
 
 
@@ -69,6 +70,14 @@ class MemoryPlan:
         """Whether the planned recipe stays within the budget; None without one."""
         return None if self.budget_bytes is None else self.estimate.peak_bytes <= self.budget_bytes
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know of settings whose effect depends on the device."""
+        training = self.recipe.training
+        if training.offloads(self.device):
+            return ("training.activation_offload: the time that copying takes was not measured",)
+        return (no_offload(self.device),) if training.activation_offload else ()
+
     def as_dict(self) -> dict[str, Any]:
         """Return what ``toolkit plan --json`` prints."""
         return {
@@ -83,6 +92,7 @@ class MemoryPlan:
             "recipe_peak_bytes": self.written.peak_bytes,
             "changes": [vars(change) for change in self.changes],
             "advice": list(self.advice),
+            "notes": list(self.notes),
         }
 
 
@@ -90,8 +100,8 @@ def plan_memory(recipe: Recipe, *, budget: int | str | None = None, device: str 
     """Predict the peak memory of training a recipe, without loading a weight.
 
     With a budget, the fastest settings of the same effective batch that fit are looked for: micro-batch and
-    accumulation, checkpointing, and, only where these do not suffice, kept states of frozen blocks, 8-bit optimizer
-    state and quantised weights.
+    accumulation, checkpointing, on CUDA activations in the machine's memory, and, only where these do not suffice, kept
+    states of frozen blocks, 8-bit optimizer state and quantised weights.
 
     Args:
         recipe: From ``load_recipe``.
@@ -118,13 +128,18 @@ class _Planner:
         facts: dict[str, Any] = {"base": self._inputs.base.used, "device": self._device, "written": written}
         if limit is None:
             return MemoryPlan(recipe=recipe, budget_bytes=None, estimate=written, **facts)
-        for candidate in sorted(self._candidates(recipe), key=lambda one: (losses(recipe, one), self._slowness(one))):
+        for candidate in sorted(self._candidates(recipe), key=lambda one: self._cost(recipe, one)):
             if self.predict(candidate).peak_bytes <= limit:
                 changes = tuple(self._changes(recipe, candidate))
                 predicted = self.predict(candidate)
                 return MemoryPlan(recipe=candidate, budget_bytes=limit, estimate=predicted, changes=changes, **facts)
         advice = tuple(self._advice(recipe, limit))
         return MemoryPlan(recipe=recipe, budget_bytes=limit, estimate=written, advice=advice, **facts)
+
+    def _cost(self, recipe: Recipe, candidate: Recipe) -> tuple[int, bool, float]:
+        """Return what orders candidates: the same arithmetic first, then what was measured, then time."""
+        moves = candidate.training.activation_offload and not recipe.training.activation_offload
+        return losses(recipe, candidate), moves, self._slowness(candidate)
 
     def predict(self, recipe: Recipe) -> Estimate:
         return predict(recipe, self._inputs, device=self._device)
@@ -135,6 +150,7 @@ class _Planner:
         for names in (
             ("batch_size", "gradient_accumulation_steps"),
             ("gradient_checkpointing",),
+            ("activation_offload",),
             ("optimizer",),
         ):
             new = {name: getattr(chosen.training, name) for name in names}
@@ -159,11 +175,12 @@ class _Planner:
     def _change(
         self, before: Recipe, after: Recipe, new: dict[str, Any], old: dict[str, Any], peak: int, *, prefix: str
     ) -> Change:
+        measured = "activation_offload" not in new
         return Change(
             settings={prefix + name: value for name, value in new.items()},
             before={prefix + name: value for name, value in old.items()},
             saves_bytes=peak - self.predict(after).peak_bytes,
-            time_factor=round(self._slowness(after) / self._slowness(before), 3),
+            time_factor=round(self._slowness(after) / self._slowness(before), 3) if measured else None,
             exact=prefix == "training." and "optimizer" not in new,
         )
 
@@ -190,7 +207,7 @@ class _Planner:
         return min(single, key=lambda one: one.peak_bytes)
 
     def _candidates(self, recipe: Recipe) -> list[Recipe]:
-        return candidates(recipe, blocks=self._blocks)
+        return candidates(recipe, blocks=self._blocks, device=self._device)
 
     def _slowness(self, recipe: Recipe) -> float:
         lengths = np.minimum(self._inputs.train, recipe.model.max_length)

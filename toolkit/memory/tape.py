@@ -40,6 +40,7 @@ class Node:
         output: Its result.
         inputs: Values that receive a gradient.
         saved: Storages it kept.
+        moved: Storages that left the device, and are there again while it runs.
         workspace: Bytes it takes beside its results while it runs.
         parameters: Bytes of the gradients of the parameters it uses, one entry a tensor.
         shared: Whether the inputs receive the very gradient of the output.
@@ -49,6 +50,7 @@ class Node:
     output: Value
     inputs: tuple[Value, ...]
     saved: tuple[Storage, ...] = ()
+    moved: tuple[Storage, ...] = ()
     workspace: int = 0
     parameters: tuple[int, ...] = ()
     shared: bool = False
@@ -61,6 +63,7 @@ class Tape:
 
     Attributes:
         accumulating: Gradients of parameters are freed at once: added to those of earlier micro-batches, or used.
+        offloaded_from: Saved storages of so many bytes leave the device (``training.offload``); None: all stay.
         parts: Bytes held now, by part.
         peak: The most bytes held at once.
         widest: The largest result of an operation, unpacked weight or gradient of a parameter of at most ``MAPPED``.
@@ -68,6 +71,7 @@ class Tape:
     """
 
     accumulating: bool = False
+    offloaded_from: int | None = None
     parts: Counter[str] = field(default_factory=Counter)
     held: int = 0
     peak: int = 0
@@ -79,6 +83,7 @@ class Tape:
     _nodes: list[Node] = field(default_factory=list)
     _recording: bool = True
     _pinned: list[Storage] = field(default_factory=list)
+    _cached: list[Storage] = field(default_factory=list)
 
     def take(self, size: int, part: str) -> Storage:
         """Allocate bytes."""
@@ -118,6 +123,7 @@ class Tape:
         saves_output: bool = False,
         pinned: tuple[Value, ...] = (),
         extra: int = 0,
+        cached: int = 0,
         parameters: tuple[int, ...] = (),
         workspace: int = 0,
         shared: bool = False,
@@ -131,6 +137,7 @@ class Tape:
             saves_output: Whether its backward pass reads the result.
             pinned: Operands that it keeps by itself, so that checkpointing cannot let them go.
             extra: Bytes it keeps beside them (statistics, masks).
+            cached: Bytes of these that autocast holds, too, until the forward pass ends.
             parameters: Bytes of its trained parameters.
             workspace: Bytes taken for a moment, in either direction.
             shared: The backward pass hands its own gradient on.
@@ -142,14 +149,27 @@ class Tape:
         if flows:
             self._pin(pinned)
         if flows and self._recording:
-            kept = [value.storage for value in (*saves, *pinned)] + ([result.storage] if saves_output else [])
-            for storage in kept:
-                storage.references += 1
-            if extra:
-                kept.append(self.take(extra, self.part))
+            saved = [value.storage for value in saves] + ([result.storage] if saves_output else [])
+            own = [self.take(size, self.part) for size in (extra - cached, cached) if size]
+            kept, moved = self._save([*saved, *own], [value.storage for value in pinned])
+            if cached and self.offloaded_from is not None:
+                # Its reference ends with the forward pass, also where the copy has left.
+                self._cached.append(own.pop())
+            for storage in own:
+                self.drop(storage)
             receiving = tuple(value for value in inputs if value.needs_grad)
-            self._nodes.append(Node(result, receiving, tuple(kept), workspace, parameters, shared))
+            self._nodes.append(Node(result, receiving, kept, moved, workspace, parameters, shared))
         return result
+
+    def _save(self, saved: list[Storage], pinned: list[Storage]) -> tuple[tuple[Storage, ...], tuple[Storage, ...]]:
+        """Keep a reference to what stays on the device; return that, and what leaves it."""
+        limit = self.offloaded_from
+        # Views of one storage travel together.
+        moved = {id(storage): storage for storage in saved if limit is not None and storage.size >= limit}
+        kept = [*(storage for storage in saved if id(storage) not in moved), *pinned]
+        for storage in kept:
+            storage.references += 1
+        return tuple(kept), tuple(moved.values())
 
     def widen(self, *sizes: int) -> None:
         """Take notice of tensors that come and go."""
@@ -176,13 +196,15 @@ class Tape:
         self._recording = recording
         pinned, self._pinned = self._pinned, []
         if result.needs_grad and recording:
-            value.storage.references += 1
+            kept, moved = self._save([value.storage], [])
             receiving = (value,) if value.needs_grad else ()
-            self._nodes.append(Node(result, receiving, (value.storage, *pinned), replay=section))
+            self._nodes.append(Node(result, receiving, (*kept, *pinned), moved, replay=section))
         return result
 
     def backward(self, result: Value) -> None:
         """Run the whole tape backwards from a result."""
+        for storage in self._cached:
+            self.drop(storage)
         gradients = {id(result): self.take(result.size, "workspace")}
         nodes, self._nodes = self._nodes, []
         self._walk(nodes, gradients)
@@ -200,6 +222,7 @@ class Tape:
                 self.drop(storage)
 
     def _step_back(self, node: Node, incoming: Storage, gradients: dict[int, Storage]) -> None:
+        back = [self.take(storage.size, storage.part) for storage in node.moved]
         outgoing = []
         for value in node.inputs:
             if node.shared and incoming.size == value.size:
@@ -210,7 +233,7 @@ class Tape:
         own = [self.take(size, "gradients") for size in node.parameters]
         self.touch(node.workspace)
         self.drop(incoming)
-        for storage in own if self.accumulating else ():
+        for storage in (*back, *(own if self.accumulating else ())):
             self.drop(storage)
         for value, storage in zip(node.inputs, outgoing, strict=True):
             self._add(gradients, value, storage)
@@ -225,9 +248,16 @@ class Tape:
     def _replay(self, node: Node, incoming: Storage, gradients: dict[int, Storage]) -> None:
         assert node.replay is not None
         outer, self._nodes = self._nodes, []
-        source = Value(node.saved[0], node.saved[0].size, bool(node.inputs))
+        # What is recomputed stays.
+        limit, self.offloaded_from = self.offloaded_from, None
+        back = [self.take(storage.size, storage.part) for storage in node.moved]
+        stored = (*back, *node.saved)[0]
+        source = Value(stored, stored.size, bool(node.inputs))
         result = node.replay(source)
         self.free(result)
+        for storage in back:
+            self.drop(storage)
+        self.offloaded_from = limit
         nodes, self._nodes = self._nodes, outer
         inner = {id(result): incoming}
         self._walk(nodes, inner)

@@ -25,6 +25,7 @@ from toolkit.runtime import held_memory, is_out_of_memory, memory_errors, return
 from toolkit.training.checkpoint import Checkpoint, load_best, rotate, save_checkpoint, steps_on_disk
 from toolkit.training.in_backward import InBackward
 from toolkit.training.observer import Observer, StepRecord
+from toolkit.training.offload import offloading
 from toolkit.training.optim import learning_rate
 from toolkit.training.plan import Rows, StepPlan
 from toolkit.training.shortage import advice, describe, go_smaller, nothing_left, split_rows
@@ -174,7 +175,7 @@ class Trainer:
         """Add one micro-batch's share of the mean loss to the gradients; return that share."""
         synchronise = nullcontext() if last else self.accelerator.no_sync(self._wrapped)
         with synchronise:
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), offloading(self.recipe.training, self.model, batch):
                 share = self._wrapped(batch) / weight
             if self._in_backward is not None:
                 self._check_finite(float(share.detach()), "loss", self.progress.step)
