@@ -126,6 +126,10 @@ left to you:
 
 Weights are read and quantised one at a time, so loading a base is never the highest moment: GPT-2 in 4 bits took 47 MiB
 for weights whose file has 475, and the process peaked at 470 MiB while it was read (697 where the heap kept its holes).
+
+Between its phases a run gives back what it has freed, and the pages of program code that only its start needed: 60 to
+70 MiB of the resident set. Those the system would have taken itself where memory is short, since it can read them
+again; the rest of what the process shrank by against the peer's is memory that nobody else could have had.
 """
 
 
@@ -176,9 +180,9 @@ and the scales; "peak" is of all tensors, without the token embedding, which sta
 |---|---|---|---|---|---|---|---|
 """
 SAVES_WORDS = """
-8 bits save DistilBERT little: a layer keeps its input for the backward pass. The process carries half a GiB of
-framework in any case, so that up to 124 M parameters smaller batches and checkpointing, which are exact, come first;
-from gpt2-medium up 4 bits halve what is needed and more.
+8 bits save DistilBERT little: a layer keeps its input for the backward pass. The process carries some 280
+MiB of framework in any case, so that up to 124 M parameters smaller batches and checkpointing, which are exact, come
+first; from gpt2-medium up 4 bits halve what is needed and more.
 """
 
 
