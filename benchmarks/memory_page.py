@@ -114,8 +114,8 @@ def memory_page(record: dict[str, Any], machine: str, largest: dict[str, Any] | 
 
 
 REASONS = """The process is harder to predict than its tensors: glibc's heap keeps what is free between things that
-are still needed. The line "allocator" is a rule fitted to eleven of these runs, the best of several that were tried:
-as many bytes as 17 of the widest tensors,
+are still needed. The line "allocator" is a rule fitted to these runs, the best of several that were tried:
+as many bytes as 14 of the widest tensors,
 fewer where only some blocks have a backward pass, none where weights are updated in the backward pass, which gives
 memory back as it goes. Most holes arise within one forward pass, between small tensors that are kept and large ones
 that are not, and the same recipe, run again, finds others: LoRA on all layers once took 1,475 to 1,536 MiB in five

@@ -10,20 +10,20 @@ import pytest
 import torch
 from ladder import LADDER
 from pico import BaseOf, PicoFolder
+from test_flat import INT8, NF4
+from test_flat import build as build_model
 from torch import nn
 
-from toolkit.adapters.apply import apply_method
-from toolkit.config.schema import QuantizationSettings
 from toolkit.config.training import TrainingSettings
 from toolkit.data.tokens import TokenTable
 from toolkit.models.forward import checkpoint_activations
-from toolkit.models.load import load_classifier
 from toolkit.training import offload
 from toolkit.training.objectives import ClassificationObjective
 from toolkit.training.offload import offloaded, offloading
 
 LENGTHS = (7, 40, 1, 22, 7, 3, 40, 13, 1, 18, 29, 7)
 SMALL = 1 << 10
+STORED = {None: None, 4: NF4, 8: INT8}
 
 
 @pytest.fixture
@@ -47,17 +47,7 @@ def travelled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def build(base: Any, method: str, *, dropout: float, bits: int | None) -> ClassificationObjective:
-    stored = None if bits is None else QuantizationSettings.model_validate({"bits": bits})
-    model = load_classifier(base, labels=("a", "b", "c"), quantization=stored, seed=1, device=torch.device("cpu"))
-    tuned = apply_method(model, LADDER[method], family=base.family, base_name=base.name_or_path, seed=2)
-    generator = torch.Generator().manual_seed(3)
-    for parameter in tuned.parameters():
-        # peft starts B at zero, which would leave every gradient of A zero.
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    for module in tuned.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
+    tuned = build_model(base, LADDER[method], STORED[bits], dropout=dropout)
     ids = np.random.default_rng(0).integers(5, 60, sum(LENGTHS)).astype(np.int32)
     table = TokenTable.from_lengths(ids, np.array(LENGTHS, dtype=np.int64))
     labels = np.arange(len(LENGTHS), dtype=np.int64) % 3

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from toolkit.config.schema import QuantizationSettings, TrainingSettings
 from toolkit.config.training import OFFLOADED_FROM
 from toolkit.memory.dryrun import DryRun
-from toolkit.memory.framework import holes
+from toolkit.memory.framework import ONEDNN, holes
 from toolkit.memory.layers import FULL
 from toolkit.memory.microbatch import MicroBatch, Setting
 from toolkit.memory.prefix_rule import BYTES
@@ -103,7 +103,8 @@ def estimate(
     passes = [("training", batch, kept) for batch in batches] + [("evaluation", batch, kept) for batch in evaluation]
     for name, given, below in passes + [("frozen blocks", batch, 0) for batch in prefix]:
         batch = given.padded(shape.prefix) if shape.prefix else given
-        if device == "cpu" and (low_precision or training.gemm == "onednn"):
+        by_onednn = device == "cpu" and (low_precision or training.gemm == "onednn")
+        if by_onednn:
             batch = batch.in_steps()
         learns = name == "training"
         # Gradients that are added to others, or used at once, do not stay.
@@ -145,7 +146,8 @@ def estimate(
         # An update in the backward pass gives back what the one before has left free.
         tight = device == "cuda" or (learns and training.optimizer_in_backward)
         free = 0 if tight else holes(widest=tape.widest, blocks=learning if learns else None)
-        parts = _breakdown(tape, framework=framework, allocator=free)
+        kernels = ONEDNN if by_onednn and shape.frozen < shape.layers else 0
+        parts = _breakdown(tape, framework=framework + kernels, allocator=free)
         found.append(Estimate(parts, moment, batch.tokens, batch.rows))
     return max(found, key=lambda one: one.allocated_bytes)
 
