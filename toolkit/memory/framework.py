@@ -11,7 +11,8 @@ MIB = 2**20
 # the driver's context and cuBLAS, which max_memory_allocated does not count; not measured by us.
 FRAMEWORK = {"cpu": 226 * MIB, "cuda": 500 * MIB}
 ADAPTERS, QUANTISED = 6 * MIB, 21 * MIB
-# Kernels that oneDNN compiles for the sizes it meets, where blocks train.
+# Kernels that oneDNN compiles for the first sizes it meets, where blocks train; more with every other size of batch, up
+# to 120 MiB in a run of 565 steps, which is not predicted.
 ONEDNN = 30 * MIB
 # Code and tables that loading a model and the first step bring, given back code (``toolkit.code_pages``) included.
 LATER = {"cpu": 54 * MIB, "cuda": 0}
