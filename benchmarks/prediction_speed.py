@@ -4,7 +4,9 @@
 
 Full-size GPT-2 124M and DistilBERT 66M with random weights and a trained head, on real messages (sms_spam). The arms
 take turns. "defaults": pipeline("text-classification", model, batch_size=32). "tuned": the texts sorted by length, and
-the fastest of the batch sizes 8, 16, 32, 64. Both sides start from strings. Writes results/prediction_MODEL.json.
+the fastest of the batch sizes 8, 16, 32, 64 and of fp32 and bf16. Where that is bf16, the toolkit runs in bf16 as well.
+Both sides start from strings; SAMPLE of them warm up both, and have to get the same labels. Writes
+results/prediction_MODEL.json.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from toolkit.data.sources import read_rows
 from toolkit.finetune import finetune
 from toolkit.inference.predict import Classifier
 
+SAMPLE = 200
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECIPE = """
 model: {{base: '{base}', max_length: 256}}
 data: {{source: sms_spam, max_rows: 60}}
@@ -48,13 +52,19 @@ def compare(family: str, count: int, rounds: int) -> None:
         recipe.write_text(RECIPE.format(base=peers.save_base(folder / "base", family), run=folder / "run"))
         finetune(load_recipe(recipe))
         model = str(folder / "run" / "model")
-        classifier = Classifier.load(model, device="cpu")
         texts = messages(count)
-        pipe = transformers.pipeline("text-classification", model, device=-1, truncation=True, max_length=256)
+        sample = texts[:: max(1, count // SAMPLE)]
+        classifiers = {name: Classifier.load(model, device="cpu", precision=name) for name in DTYPES}
+        pipes = {
+            name: transformers.pipeline(
+                "text-classification", model, device=-1, truncation=True, max_length=256, dtype=dtype
+            )
+            for name, dtype in DTYPES.items()
+        }
 
-        def pipeline(batch_size: int, *, ordered: bool, some: list[str] = texts) -> Any:
+        def pipeline(batch_size: int, *, ordered: bool, precision: str = "fp32", some: list[str] = texts) -> Any:
             order = sorted(range(len(some)), key=lambda n: -len(some[n])) if ordered else list(range(len(some)))
-            answers = pipe([some[n] for n in order], batch_size=batch_size)
+            answers = pipes[precision]([some[n] for n in order], batch_size=batch_size)
             return {n: answer["label"] for n, answer in zip(order, answers, strict=True)}
 
         def timed(run: Any) -> float:
@@ -62,29 +72,37 @@ def compare(family: str, count: int, rounds: int) -> None:
             run()
             return round(time.perf_counter() - started, 3)
 
-        sample = texts[:: max(1, count // 200)]
-        trial = {size: timed(lambda size=size: pipeline(size, ordered=True, some=sample)) for size in (8, 16, 32, 64)}
-        tuned = min(trial, key=lambda size: trial[size])
-        ours = classifier.predict(texts)
-        assert [one.label for one in ours] == [label for _, label in sorted(pipeline(32, ordered=True).items())]
+        theirs = pipeline(32, ordered=True, some=sample)
+        assert [one.label for one in classifiers["fp32"].predict(sample)] == [theirs[n] for n in range(len(sample))]
+        classifiers["bf16"].predict(sample)
+        trial = {
+            (size, name): timed(lambda size=size, name=name: pipeline(size, ordered=True, precision=name, some=sample))
+            for size in (8, 16, 32, 64)
+            for name in DTYPES
+        }
+        tuned, low = min(trial, key=lambda one: trial[one])
         arms = {
             "pipeline, batch_size 32": lambda: pipeline(32, ordered=False),
-            f"pipeline, tuned: sorted, batches of {tuned}": lambda: pipeline(tuned, ordered=True),
-            "toolkit": lambda: classifier.predict(texts),
+            f"pipeline, tuned: sorted, batches of {tuned}{', bf16' if low == 'bf16' else ''}": lambda: pipeline(
+                tuned, ordered=True, precision=low
+            ),
+            "toolkit": lambda: classifiers["fp32"].predict(texts),
         }
+        if low == "bf16":
+            arms["toolkit, bf16"] = lambda: classifiers["bf16"].predict(texts)
         seconds: dict[str, list[float]] = {arm: [] for arm in arms}
         for number in range(rounds):
             for arm in arms if number % 2 == 0 else reversed(arms):
                 seconds[arm].append(timed(arms[arm]))
                 print(f"{family} round {number + 1} {arm}: {seconds[arm][-1]:.2f} s", flush=True)
-    defaults, best, own = seconds
+    defaults, best, *own = seconds
     peers.write(
         f"prediction_{family}",
         {
             "case": {"family": family, "texts": count},
             "seconds": seconds,
-            "ratio_to_defaults": {own: peers.ratios(seconds[defaults], seconds[own])},
-            "ratio_to_tuned": {own: peers.ratios(seconds[best], seconds[own])},
+            "ratio_to_defaults": {arm: peers.ratios(seconds[defaults], seconds[arm]) for arm in own},
+            "ratio_to_tuned": {arm: peers.ratios(seconds[best], seconds[arm]) for arm in own},
         },
     )
 

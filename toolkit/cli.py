@@ -34,6 +34,10 @@ app = typer.Typer(
 # They answer in under a second, and write nothing that a library would finish when Python shuts down.
 QUICK = ("validate", "schema", "--help")
 
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    typer.Option("--precision", help="Of matrix products; auto: bf16 or fp16 on CUDA, fp32 elsewhere."),
+]
 Folder = Annotated[pathlib.Path, typer.Argument(metavar="DIR", help="Run, adapter or model folder.")]
 
 
@@ -147,6 +151,7 @@ def evaluate(
     prompt_column: Annotated[str, typer.Option("--prompt-column", help="Of an instruction run.")] = "prompt",
     response_column: Annotated[str, typer.Option("--response-column", help="Of an instruction run.")] = "response",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    precision: Precision = "fp32",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -167,6 +172,7 @@ def evaluate(
         label_column=label_column,
         label_separator=label_separator,
         batch_size=batch_size,
+        precision=precision,
     )
     if as_json:
         sys.stdout.write(json.dumps(metrics) + "\n")
@@ -180,12 +186,13 @@ def predict(
     source: Annotated[str, typer.Argument(metavar="[FILE|-]", help="Texts, a line each; - reads stdin.")] = "-",
     text_column: Annotated[str, typer.Option("--text-column", help="Column of a csv, tsv, jsonl file.")] = "text",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    precision: Precision = "fp32",
     debug: Debug = False,
 ) -> None:
     """Classify texts; prints one JSON line each: text with label and scores, labels and scores, or values."""
     from toolkit.inference.predict import predict_lines
 
-    for line in predict_lines(model, source, text_column=text_column, batch_size=batch_size):
+    for line in predict_lines(model, source, text_column=text_column, batch_size=batch_size, precision=precision):
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import run as run_process
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ import torch
 from pico import build_pico
 from trained import INT8, LABELS, MAX_LENGTH, NF4, build_run
 
-from toolkit.config.schema import FullMethod, ModelSettings, QuantizationSettings
+from toolkit.config.methods import Ia3Method
+from toolkit.config.schema import FullMethod, LoraMethod, ModelSettings, QuantizationSettings
 from toolkit.data.tokens import TokenTable
 from toolkit.errors import AdapterError, DataError
 from toolkit.export.artifact import ArtifactFacts, read_manifest, write_manifest
@@ -111,6 +113,32 @@ def test_int8_and_full_runs_load(pico_cache: PicoFolder, tmp_path: Path) -> None
     for name, options in {"int8": {"quantization": INT8}, "full": {"method": FullMethod(name="full")}}.items():
         run = build_run(tmp_path / name, pico_cache("gpt2"), **options)  # type: ignore[arg-type]
         assert np.isfinite(scores(Classifier.load(run, device="cpu"), texts(3))).all()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+@pytest.mark.parametrize(
+    ("options", "lowered"),
+    [
+        ({}, True),
+        ({"method": FullMethod(name="full")}, True),
+        ({"method": LoraMethod(name="lora", r=4, variant="dora", target_modules="all-linear")}, False),
+        ({"method": Ia3Method(name="ia3")}, False),
+        ({"quantization": NF4}, False),
+    ],
+    ids=["lora", "full", "dora", "ia3", "4 bits"],
+)
+def test_bf16_rounds_weights_once_and_answers_as_autocast_does(
+    options: dict[str, Any], lowered: bool, family: str, pico_cache: PicoFolder, tmp_path: Path
+) -> None:
+    run = build_run(tmp_path / "run", pico_cache(family), **options)
+    plain, low = (Classifier.load(run, device="cpu", precision=one) for one in ("fp32", "bf16"))
+    assert (low.precision, plain.precision) == ("bf16", "fp32")
+    halves = [weight for weight in low._model.parameters() if weight.dtype == torch.bfloat16]
+    assert bool(halves) == lowered
+    exact = plain.logits(texts())
+    plain.precision = "bf16"
+    assert np.array_equal(low.logits(texts()), plain.logits(texts()))
+    assert 0 < np.abs(low.logits(texts()) - exact).max() < 0.1 * np.abs(exact).max()
 
 
 def test_labels_and_scores(classifier: Classifier) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from toolkit.data.labels import LabelMap
 from toolkit.data.load import load_part
@@ -25,6 +25,7 @@ def evaluate(
     label_separator: str = "|",
     batch_size: int = 32,
     device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32",
 ) -> Mapping[str, Any]:
     """Return every figure of a classifier on the rows of a file.
 
@@ -37,6 +38,7 @@ def evaluate(
         label_separator: Between the labels of a list that is no JSON.
         batch_size: Texts computed at once; the figures depend on it only by rounding.
         device: ``auto``, or a torch device.
+        precision: What matrices are multiplied in, as for ``Classifier.load``.
 
     Raises:
         DataError: If the data cannot be read exactly, or hold a label the classifier does not know.
@@ -50,7 +52,7 @@ def evaluate(
     targets = _targets(manifest, label_column, label_separator)
     part, _ = load_part(data, text_column=text_column, targets=targets, label_map=LabelMap(names))
     assert part.labels is not None
-    classifier = Classifier.load(path, device=device)
+    classifier = Classifier.load(path, device=device, precision=precision)
     if part.token_ids is not None:
         logits = classifier.table_logits(part.token_ids, batch_size=batch_size, where=data)
     else:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,10 @@ from toolkit.evaluation.decision import Decision
 from toolkit.evaluation.evaluate import predict_logits
 from toolkit.export.artifact import Artifact, find_artifact, verify_files
 from toolkit.export.trained_base import check_settings, resolve_trained_base
+from toolkit.families import Family
 from toolkit.inference.predictions import AnyPrediction, Prediction, build_predictions
 from toolkit.inference.texts import read_texts
-from toolkit.runtime import choose_device, import_models
+from toolkit.runtime import Precision, choose_device, choose_precision, import_models
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,7 @@ class Classifier:
         problem_type: What the labels are.
         decision: Temperature and thresholds fitted on validation.
         max_length: Tokens of a text that are read; the rest is cut off.
+        precision: What matrices are multiplied in.
     """
 
     def __init__(
@@ -56,18 +58,27 @@ class Classifier:
         decision: Decision | None = None,
         max_length: int,
         device: torch.device,
+        precision: Precision = "fp32",
     ) -> None:
         self.labels, self.problem_type, self.decision = tuple(labels), problem_type, decision or Decision()
-        self.max_length = max_length
+        self.max_length, self.precision = max_length, precision
         self._model, self._tokenizer, self._device = model.eval(), tokenizer, device
 
     @classmethod
-    def load(cls, path: str | pathlib.Path, *, device: str = "auto") -> Classifier:
+    def load(
+        cls,
+        path: str | pathlib.Path,
+        *,
+        device: str = "auto",
+        precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32",
+    ) -> Classifier:
         """Load what a run trained.
 
         Args:
             path: A run folder, an adapter folder, or a model folder that training or a merge wrote.
             device: ``auto``, or a torch device such as ``cpu`` or ``cuda:1``.
+            precision: What matrices are multiplied in, and weights kept in where nothing else reads them; ``auto``: as
+                training chooses. Less than fp32 is faster where the processor has it, and moves logits by some 1e-2.
 
         Raises:
             AdapterError: If there is no trained model, its files were altered, or its base is another.
@@ -82,11 +93,15 @@ class Classifier:
         # Everything above answers without torch.
         import_models(adapters=artifact.kind == "adapter", quantised=_quantization(artifact) is not None)
         from toolkit.adapters.save import load_adapter
+        from toolkit.models.forward import unwrapped
+        from toolkit.models.frozen import LOW
         from toolkit.models.load import load_classifier
         from toolkit.training.gemm import choose_gemm, use_gemm
 
         check_settings(artifact, base.family)
         target = choose_device(device)
+        chosen = choose_precision(precision, target)
+        lowered = chosen in LOW and _only_multiplied(artifact, base.family)
         model = load_classifier(
             base,
             labels=tuple(manifest.labels),
@@ -94,8 +109,12 @@ class Classifier:
             quantization=_quantization(artifact),
             seed=0,
             device=target,
+            frozen_later=lowered,
         )
         trained = load_adapter(model, artifact.folder) if artifact.kind == "adapter" else model
+        trained.requires_grad_(False)
+        if lowered:
+            unwrapped(trained).frozen.load(unwrapped(trained), LOW[chosen])
         use_gemm(trained, choose_gemm("auto", target))
         return cls(
             trained,
@@ -106,6 +125,7 @@ class Classifier:
             decision=Decision(manifest.temperature, manifest.thresholds),
             max_length=manifest.max_length,
             device=target,
+            precision=chosen,
         )
 
     def predict(self, texts: Sequence[str], *, batch_size: int = 32) -> list[Any]:
@@ -154,18 +174,22 @@ class Classifier:
         Raises:
             DataError: If an id lies outside the vocabulary.
         """
+        from torch import autocast
+
         from toolkit.data.batching import collate
         from toolkit.models.forward import classify
+        from toolkit.models.frozen import LOW
 
         filled = _no_empty_rows(table, self._tokenizer)
         table = self._tokenizer.adopt(filled, max_length=self.max_length, where=where).table
-        return predict_logits(
-            lambda batch: classify(self._model, batch),
-            table.lengths,
-            collate=lambda rows: collate(table, None, rows, pad_id=self._tokenizer.pad_id),
-            device=self._device,
-            batch_size=batch_size,
-        )
+        with autocast(self._device.type, LOW.get(self.precision), enabled=self.precision in LOW):
+            return predict_logits(
+                lambda batch: classify(self._model, batch),
+                table.lengths,
+                collate=lambda rows: collate(table, None, rows, pad_id=self._tokenizer.pad_id),
+                device=self._device,
+                batch_size=batch_size,
+            )
 
 
 def predict_lines(
@@ -175,6 +199,7 @@ def predict_lines(
     text_column: str = "text",
     batch_size: int = 32,
     device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32",
 ) -> Iterator[str]:
     """Yield a JSON line for each text of a file or of stdin: ``text`` with ``label``, ``labels`` or ``values``.
 
@@ -184,6 +209,7 @@ def predict_lines(
         text_column: Column of the latter.
         batch_size: Texts computed at once.
         device: As for ``Classifier.load``.
+        precision: As for ``Classifier.load``.
 
     Raises:
         DataError: If the source is missing, damaged, or holds no text.
@@ -191,7 +217,7 @@ def predict_lines(
     """
     # The texts are looked at first: a wrong file is refused before a model is loaded.
     texts = read_texts(source, text_column=text_column, stdin=sys.stdin.buffer)
-    classifier = Classifier.load(path, device=device)
+    classifier = Classifier.load(path, device=device, precision=precision)
     for prediction in classifier.predict_stream(texts, batch_size=batch_size):
         yield json.dumps(asdict(prediction), ensure_ascii=False)
 
@@ -210,6 +236,16 @@ def check_classifies(artifact: Artifact) -> None:
 def _quantization(artifact: Artifact) -> QuantizationSettings | None:
     settings = artifact.manifest.quantization
     return QuantizationSettings(**settings) if artifact.kind == "adapter" and settings else None
+
+
+def _only_multiplied(artifact: Artifact, family: Family) -> bool:
+    """Return whether nothing but a product reads the weights of its base: DoRA, for one, asks for their norms."""
+    from toolkit.adapters.check import read_adapter_config
+
+    if artifact.kind == "model":
+        return True
+    settings = read_adapter_config(artifact.folder, family=family)
+    return _quantization(artifact) is None and settings["peft_type"] == "LORA" and not settings.get("use_dora")
 
 
 def _no_empty_rows(table: TokenTable, tokenizer: Tokenizer) -> TokenTable:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from toolkit.config.schema import TrainingSettings
 from toolkit.data.shuffle import balanced_order, epoch_order, token_batches
 from toolkit.memory.microbatch import MicroBatch
+from toolkit.models.cpu_kernels import stepped
 
 Lengths = NDArray[np.int64]
 
@@ -62,6 +63,18 @@ def largest_evaluation_batch(
     return _distinct([longest], lengths, target_share=target_share, targets=targets, classes=classes)
 
 
+def training_counts(lengths: Lengths, training: TrainingSettings, *, labels: NDArray[Any] | None = None) -> set[int]:
+    """Return the token counts of a run's micro-batches as oneDNN's kernels see them (``models.cpu_kernels``)."""
+    totals = [np.add.reduceat(lengths[order], starts) for order, starts in _epochs(lengths, training, labels)]
+    return _stepped(totals)
+
+
+def evaluation_counts(lengths: Lengths, *, batch_size: int) -> set[int]:
+    """Return the same of an evaluation, which takes rows of like length together."""
+    ordered = np.sort(lengths)[::-1]
+    return _stepped([np.add.reduceat(ordered, np.arange(0, len(ordered), batch_size))] if len(ordered) else [])
+
+
 def largest_prefix_batch(lengths: Lengths, *, max_tokens: int) -> list[MicroBatch]:
     """Return the longest rows that one pass over the frozen blocks takes together."""
     longest = np.sort(lengths)[::-1]
@@ -88,6 +101,10 @@ def _epochs(
         else:
             order = epoch_order(rows, seed=training.seed, epoch=epoch)[:seen]
         yield order, np.arange(0, seen, training.batch_size)
+
+
+def _stepped(totals: list[Lengths]) -> set[int]:
+    return {stepped(int(total)) for epoch in totals for total in np.unique(epoch)}
 
 
 def _token_epochs(lengths: Lengths, training: TrainingSettings) -> Iterator[tuple[Lengths, Lengths]]:

@@ -19,6 +19,9 @@ from toolkit.models.stored import StoredTensors
 from toolkit.models.streamed import StreamedBlocks
 from toolkit.parameters import trains
 
+# What autocast multiplies in, by the names of accelerate.
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class FrozenWeights:
     """The weights of linear layers in the blocks of a classifier, read once it is known which of them train.

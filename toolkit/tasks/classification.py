@@ -39,6 +39,7 @@ from toolkit.memory.prefix import (
 from toolkit.memory.prefix_cache import PrefixCache, PrefixOverflowError
 from toolkit.memory.prefix_rule import BATCH_TOKENS, frozen_in_low_precision
 from toolkit.models.forward import checkpoint_activations, classify, pooled, unwrapped
+from toolkit.models.frozen import LOW
 from toolkit.models.load import load_classifier
 from toolkit.report.run_record import PrefixCacheRecord
 from toolkit.tasks.features import fit_forest, fit_linear, write_forest, write_head
@@ -47,7 +48,6 @@ from toolkit.training.gemm import use_gemm
 from toolkit.training.objectives import ClassificationObjective
 
 Floats = NDArray[np.float32]
-LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ClassificationTask:
