@@ -2,9 +2,10 @@
 
     python benchmarks/training_speed.py [CASE ...] [--rounds 3]
 
-Full-size GPT-2 124M and DistilBERT 66M with random weights. The arms take turns, round by round, on the same rows; a
-ratio compares arms of one round. "steps" cases time the training loop (the peer's Trainer.train, the toolkit's sum of
-steps); "end to end" cases time load, training for 5 epochs, evaluation and save. Writes results/training_CASE.json.
+Full-size GPT-2 124M and DistilBERT 66M with random weights. The arms take turns, round by round, on the same rows, each
+run in a process of its own, so that none finds the memory that another left; a ratio compares arms of one round.
+"steps" cases time the training loop (the peer's Trainer.train, the toolkit's sum of steps); "end to end" cases time
+the whole command: imports, load, training for 5 epochs, evaluation and save. Writes results/training_CASE.json.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from functools import partial
@@ -23,15 +27,12 @@ from typing import Any
 import peers
 import torch
 
-from toolkit.config.load import load_recipe
-from toolkit.finetune import finetune
-
 CASES: dict[str, dict[str, Any]] = {
-    "lora_gpt2_short": {"family": "gpt2", "method": "lora", "lengths": "short", "rows": 96, "epochs": 1},
-    "lora_gpt2_long": {"family": "gpt2", "method": "lora", "lengths": "long", "rows": 24, "epochs": 1},
+    "lora_gpt2_short": {"family": "gpt2", "method": "lora", "lengths": "short", "rows": 192, "epochs": 1},
+    "lora_gpt2_long": {"family": "gpt2", "method": "lora", "lengths": "long", "rows": 32, "epochs": 1},
     "last_block_gpt2_short": {"family": "gpt2", "method": "last_n", "lengths": "short", "rows": 600, "epochs": 5},
     "last_block_gpt2_long": {"family": "gpt2", "method": "last_n", "lengths": "long", "rows": 80, "epochs": 5},
-    "full_distilbert_short": {"family": "distilbert", "method": "full", "lengths": "short", "rows": 192, "epochs": 1},
+    "full_distilbert_short": {"family": "distilbert", "method": "full", "lengths": "short", "rows": 384, "epochs": 1},
 }
 RECIPE = """
 model: {{base: '{base}', max_length: 512}}
@@ -47,19 +48,17 @@ TOKENS = {"short": 1024, "long": 4096}
 
 
 class Bench:
-    """One case: its rows on disk, and a run of each arm."""
+    """One case: its rows on disk, and a run of each arm. Every run returns seconds of the steps and of the command."""
 
     def __init__(self, case: dict[str, Any], root: pathlib.Path) -> None:
         self.case, self.root = case, root
         self.base = peers.save_base(root / "base", case["family"])
-        self.texts, self.labels = peers.draw_rows(case["lengths"], case["rows"], 0)
-        peers.save_array(root / "train.npy", self.texts, self.labels)
+        self.texts, labels = peers.draw_rows(case["lengths"], case["rows"], 0)
+        peers.save_array(root / "train.npy", self.texts, labels)
         held, labels = peers.draw_rows(case["lengths"], 8, 7)
         peers.save_array(root / "held.npy", held, [n % 2 for n in range(len(labels))])
-        os.environ["TOOLKIT_CACHE"] = str(root / "cache")
 
     def toolkit(self, batch: str, *, fresh: bool = True) -> tuple[float, float]:
-        """Return the seconds of the steps and of everything."""
         run = self.root / "run"
         shutil.rmtree(run, ignore_errors=True)
         if fresh:
@@ -67,44 +66,56 @@ class Bench:
         text = RECIPE.format(base=self.base, root=self.root, run=run, batch=batch, epochs=self.case["epochs"],
                              method=METHODS[self.case["method"]])  # fmt: skip
         (self.root / "recipe.yaml").write_text(text)
-        started = time.perf_counter()
-        record = finetune(load_recipe(self.root / "recipe.yaml"))
-        return record["timing"]["train_seconds"], time.perf_counter() - started
+        everything = self._time("-m", "toolkit", "train", str(self.root / "recipe.yaml"))
+        return json.loads((run / "result.json").read_text())["timing"]["train_seconds"], everything
 
-    def peer(
-        self, batch_size: int, *, grouped: bool, bf16: bool = False, rows: int | None = None
-    ) -> tuple[float, float]:
+    def peer(self, batch_size: int, **settings: Any) -> tuple[float, float]:
+        wanted = {"case": self.case, "batch_size": batch_size, **settings}
+        everything = self._time(__file__, "--peer", json.dumps(wanted), "--root", str(self.root))
+        return float((self.root / "seconds.txt").read_text()), everything
+
+    def _time(self, *command: str) -> float:
         started = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()):
-            model = peers.peer_model(self.base, self.case["family"], self.case["method"])
-            steps = peers.peer_train(
-                model,
-                self.texts[:rows],
-                self.labels[:rows],
-                folder=self.root / "peer",
-                batch_size=batch_size,
-                grouped=grouped,
-                epochs=self.case["epochs"],
-                bf16=bf16,
-            )
-            model.save_pretrained(self.root / "peer" / "saved")
-        return steps, time.perf_counter() - started
+        kept = {**os.environ, "TOOLKIT_CACHE": str(self.root / "cache")}
+        done = subprocess.run([sys.executable, *command], env=kept, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}: {done.stderr}")
+        return time.perf_counter() - started
 
     def tune(self) -> tuple[int, bool]:
         """Return the batch size with which the peer is fastest, and whether it then runs under bf16 autocast.
 
         Found on an epoch of a quarter of the rows, or as many as fill a batch of the largest size.
         """
-        whole, self.case["epochs"] = self.case["epochs"], 1
         rows = max(32, self.case["rows"] // 4)
         sizes = [size for size in (8, 16, 32) if size <= self.case["rows"]]
         seconds = {
-            (size, bf16): self.peer(size, grouped=True, bf16=bf16, rows=rows)[0]
+            (size, bf16): self.peer(size, grouped=True, bf16=bf16, rows=rows, epochs=1)[0]
             for bf16 in (False, True)
             for size in sizes
         }
-        self.case["epochs"] = whole
         return min(seconds, key=lambda chosen: seconds[chosen])
+
+
+def run_peer(wanted: dict[str, Any], root: pathlib.Path) -> None:
+    """Be the process of one run of the peer; leave the seconds of its steps in seconds.txt."""
+    case = wanted["case"]
+    texts, labels = peers.draw_rows(case["lengths"], case["rows"], 0)
+    rows = wanted.get("rows")
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = peers.peer_model(root / "base", case["family"], case["method"])
+        steps = peers.peer_train(
+            model,
+            texts[:rows],
+            labels[:rows],
+            folder=root / "peer",
+            batch_size=wanted["batch_size"],
+            grouped=wanted["grouped"],
+            epochs=wanted.get("epochs", case["epochs"]),
+            bf16=wanted.get("bf16", False),
+        )
+        model.save_pretrained(root / "peer" / "saved")
+    (root / "seconds.txt").write_text(str(steps))
 
 
 def compare(name: str, rounds: int) -> None:
@@ -112,7 +123,7 @@ def compare(name: str, rounds: int) -> None:
     whole = case["epochs"] > 1
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(case, pathlib.Path(folder))
-        bench.toolkit("batch_size: 8")  # warms up imports and the page cache
+        bench.toolkit("batch_size: 8")  # warms up the page cache
         tuned, low = bench.tune()
         tokens = TOKENS[case["lengths"]]
         arms: dict[str, Any] = {
@@ -160,8 +171,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--root", type=pathlib.Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     peers.quiet()
     torch.set_num_threads(os.cpu_count() or 1)
-    for chosen in arguments.cases:
-        compare(chosen, arguments.rounds)
+    if arguments.peer:
+        run_peer(arguments.peer, arguments.root)
+    else:
+        for chosen in arguments.cases:
+            compare(chosen, arguments.rounds)

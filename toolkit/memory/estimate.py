@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from toolkit.config.schema import QuantizationSettings, TrainingSettings
 from toolkit.config.training import OFFLOADED_FROM
 from toolkit.memory.dryrun import DryRun
-from toolkit.memory.framework import ONEDNN, holes
+from toolkit.memory.framework import holes
 from toolkit.memory.layers import FULL
 from toolkit.memory.microbatch import MicroBatch, Setting
 from toolkit.memory.prefix_rule import BYTES
@@ -146,8 +146,7 @@ def estimate(
         # An update in the backward pass gives back what the one before has left free.
         tight = device == "cuda" or (learns and training.optimizer_in_backward)
         free = 0 if tight else holes(widest=tape.widest, blocks=learning if learns else None)
-        kernels = ONEDNN if by_onednn and shape.frozen < shape.layers else 0
-        parts = _breakdown(tape, framework=framework + kernels, allocator=free)
+        parts = _breakdown(tape, framework=framework, allocator=free)
         found.append(Estimate(parts, moment, batch.tokens, batch.rows))
     return max(found, key=lambda one: one.allocated_bytes)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from toolkit.config.methods import leaves_adapter
 from toolkit.config.schema import Recipe
+from toolkit.memory.layers import FULL
+from toolkit.memory.shape import ModelShape
 
 MIB = 2**20
 # Resident when recipe, data and base have been read and nothing of them is in memory yet; found by benchmarks/
@@ -11,9 +15,10 @@ MIB = 2**20
 # the driver's context and cuBLAS, which max_memory_allocated does not count; not measured by us.
 FRAMEWORK = {"cpu": 226 * MIB, "cuda": 500 * MIB}
 ADAPTERS, QUANTISED = 6 * MIB, 21 * MIB
-# Kernels that oneDNN compiles for the first sizes it meets, where blocks train; more with every other size of batch, up
-# to 120 MiB in a run of 565 steps, which is not predicted.
-ONEDNN = 30 * MIB
+# What oneDNN keeps for every shape of a product and every count of rows that it meets, in fp32 and in bf16: found in runs
+# of 20 and 200 steps of LoRA on the embedded bases. It keeps no more than so many, and rearranged copies of a weight.
+KERNEL, KERNEL_LOW = MIB * 6 // 10, MIB * 72 // 100
+MOST_KERNELS, COPIES = 1024, 2
 # Code and tables that loading a model and the first step bring, given back code (``toolkit.code_pages``) included.
 LATER = {"cpu": 54 * MIB, "cuda": 0}
 # What glibc's heap has free and cannot give back, in tensors of the widest kind that comes and goes: so many a block
@@ -34,6 +39,32 @@ def framework_bytes(recipe: Recipe, *, device: str, found: int | None = None) ->
     if device == "cpu":
         usual += (ADAPTERS if leaves_adapter(recipe.method) else 0) + (QUANTISED if recipe.quantization else 0)
     return (usual if found is None or device == "cuda" else found) + LATER[device]
+
+
+def onednn_bytes(
+    shape: ModelShape, *, trained: Collection[int], evaluated: Collection[int], low_precision: bool
+) -> int:
+    """Return the bytes of oneDNN's kernels, where it multiplies in blocks with a backward pass.
+
+    Args:
+        shape: The model.
+        trained: Rows of the products in its training steps, each count once.
+        evaluated: The same of its evaluations.
+        low_precision: Under autocast it multiplies in adapters, too.
+    """
+    products = {(linear.fan_in, linear.fan_out) for linear in shape.linears}
+    halves = {
+        half
+        for linear in shape.linears
+        if linear.rank and low_precision
+        for half in ((linear.fan_in, linear.rank), (linear.rank, linear.fan_out))
+    }
+    forward = len(products) + len(halves)
+    # The gradients of inputs, and of the weights that train.
+    backward = forward + len(halves) + (len(products) if shape.first_trained < shape.layers else 0)
+    kernels = min(forward * len({*trained, *evaluated}) + backward * len(trained), MOST_KERNELS)
+    each = KERNEL_LOW if low_precision else KERNEL
+    return each * kernels + COPIES * FULL * max(linear.weight for linear in shape.linears)
 
 
 def holes(*, widest: int, blocks: int | None) -> int:

@@ -8,9 +8,15 @@ import numpy as np
 
 from toolkit.config.schema import Recipe
 from toolkit.data.pairs import TARGETS_AT_ONCE
-from toolkit.memory.batches import largest_evaluation_batch, largest_micro_batches, largest_prefix_batch
+from toolkit.memory.batches import (
+    evaluation_counts,
+    largest_evaluation_batch,
+    largest_micro_batches,
+    largest_prefix_batch,
+    training_counts,
+)
 from toolkit.memory.estimate import Estimate, estimate
-from toolkit.memory.framework import framework_bytes
+from toolkit.memory.framework import framework_bytes, onednn_bytes
 from toolkit.memory.inputs import Inputs, Lengths
 from toolkit.memory.microbatch import MicroBatch
 from toolkit.memory.prefix_rule import (
@@ -52,6 +58,16 @@ def predict(recipe: Recipe, inputs: Inputs, *, device: str, found: int | None = 
     if gemm == "auto" and device == "cpu":
         # As a run will find it; before the first one of this machine it is a guess.
         gemm = remembered_gemm() or "default"
+    prefix = _prefix(recipe, shape, train, device=device)
+    framework = framework_bytes(recipe, device=device, found=found)
+    if device == "cpu" and (low or gemm == "onednn") and shape.frozen < shape.layers:
+        if prefix and shape.frozen == shape.layers - 1 and shape.family.pools_one:
+            # The one block that runs in steps multiplies pooled rows alone.
+            trained, evaluated = {recipe.training.batch_size}, {EVALUATION_BATCH}
+        else:
+            trained = training_counts(train, recipe.training, labels=inputs.train_labels)
+            evaluated = evaluation_counts(validation, batch_size=EVALUATION_BATCH)
+        framework += onednn_bytes(shape, trained=trained, evaluated=evaluated, low_precision=low)
     return estimate(
         shape,
         batches=largest_micro_batches(
@@ -76,12 +92,12 @@ def predict(recipe: Recipe, inputs: Inputs, *, device: str, found: int | None = 
         quantization=recipe.quantization,
         device=device,
         low_precision=low,
-        prefix=_prefix(recipe, shape, train, device=device),
+        prefix=prefix,
         chunk_tokens=min(CHUNK_TOKENS, int(train.sum())),
         streamed=can_stream(recipe),
         embedding_on_disk=embedding_on_disk(recipe, device=device),
         low_frozen=frozen_in_low_precision(recipe, low_precision=low),
-        framework=framework_bytes(recipe, device=device, found=found),
+        framework=framework,
     )
 
 
