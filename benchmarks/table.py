@@ -28,10 +28,10 @@ ROWS = (
 HEAD = """# Performance
 
 Made by `make bench` from `benchmarks/results/`; every file there names its machine and date. The scripts' first lines
-say what is compared with what. All arms of a row ran in turns in one process, on the same rows, with random weights of
-full size; a ratio is of two arms of the same round, given as median (smallest to largest). "defaults" is the peer's
-own setting, "tuned" what its best user would set: the fastest of several batch sizes, texts of like length together,
-and bf16 autocast where the processor multiplies bf16 faster.
+say what is compared with what. All arms of a row ran in turns on the same rows, each run in a process of its own, with
+random weights of full size; a ratio is of two arms of the same round, given as median (smallest to largest).
+"defaults" is the peer's own setting, "tuned" what its best user would set: the fastest of several batch sizes, texts of
+like length together, and bf16 autocast where the processor multiplies bf16 faster.
 
 {machine}
 
@@ -41,32 +41,32 @@ and bf16 autocast where the processor multiplies bf16 faster.
 REASONS = """
 ## Where an aim is missed, and why
 
-- **The matrix products are the limit.** Four fifths of a LoRA step on short texts are spent inside MKL (profile of
-  GPT-2, batch 8: `mm` 41 %, `addmm` 41 %, attention 5 %, GELU 4 %). The next table says how much of the machine's
-  fastest product, measured in the same run, the arithmetic reaches that a step cannot do without.
-- **oneDNN helps little in fp32.** On a processor with AVX-512 its products were 1.08 to 1.28 times as fast as MKL's
-  (205 against 190 GFLOP/s), on one with AVX2 they took 1.16 times as long. `training.gemm: auto` takes it where it wins
-  by a fifth. Where it won by 1.13, the steps of LoRA on short texts took 5.3 s instead of 6.0 with `gemm: onednn`; it
-  keeps kernels for every size of batch, 120 MiB after 565 steps of LoRA on gpt2-mini, so that is left to you.
-- **bf16 is what pays where the processor has it**: 394 GFLOP/s with AVX-512, 1,900 with AMX, beside some 200 and 310
-  in fp32. There the tuned peer runs under bf16 autocast, and the toolkit's fp32 arms, which keep full precision, are
-  near it; like against like is the arm with `precision: bf16`. With AMX a LoRA step on short texts spends half its
-  time outside of the products: attention row by row 18 %, GELU 12 %, casts 8 %.
+- **The matrix products are the limit.** On short texts 84 % of a LoRA step in fp32 is spent in them (profile of GPT-2,
+  batch 8: `mm` 41 %, `addmm` 41 %, attention 5 %, GELU 4 %). The next table says how much of the machine's fastest fp32
+  product, measured in the same run, the arithmetic reaches that a step cannot do without.
+- **bf16 is what pays where the processor has it**: 400 GFLOP/s here beside 200 in fp32. The tuned peer runs under bf16
+  autocast; the toolkit's fp32 arms, which keep full precision, are near it or below. Like against like is the arm with
+  `bf16`. In a pass over frozen blocks in bf16 products are 58 % of the time, casts 10 %, GELU 6 %, attention row by
+  row 6 %; the rest is norms and residuals.
+- **oneDNN helps little in fp32.** Its products were 1.08 to 1.28 times as fast as MKL's on processors with AVX-512
+  (1.11 to 1.14 on this one), on one with AVX2 they took 1.16 times as long. `training.gemm: auto` takes it where it
+  wins by a fifth: it keeps a kernel of 0.6 MiB for every size of batch, 105 MiB after 200 steps of LoRA on gpt2-mini.
+  A bound on them was tried (ONEDNN_PRIMITIVE_CACHE_CAPACITY=64): 22 MiB less, and 15 % more time.
 - **The last block pays for one pass over the frozen blocks.** Five epochs of the peer are five such passes and the
-  backward pass of one block. One pass is what a first run cannot avoid, so its ratio is bounded near the number of
-  epochs, times what padding costs. A second run on the same texts finds the states ("states found"); on short texts it
-  did not when that row was taken, because an arm in bf16 had thrown away those in fp32 before. Loading, evaluation,
-  export and report take some 3 s, half of such a run of 160 texts.
-- LoRA on short texts was measured on a processor with AMX, the last block on long texts and prediction on one with
-  AVX2, where bf16 was not tried, the others on one with AVX-512 and bf16.
+  backward pass of one block. One pass is what a first run cannot avoid, nine tenths of it products at the machine's
+  peak in fp32, so its ratio is bounded near the number of epochs, times what padding costs, times what the peer loses.
+  A second run on the same texts finds the states ("states found"). What is left then: imports, checksums, export and
+  report, and steps that are bound by memory: one of 8 short texts takes 22 ms, in which 28 MB of weights are read
+  twice, their gradients written and read three times, and AdamW moves 200 MB. `max_tokens_per_batch` takes fewer steps.
+- Whole commands ("end to end", and prediction) hold their imports: 3 to 4 s of the toolkit's.
 
-Not measured: anything on a GPU, and prediction of 10,000 texts at once (500 were).
+Not measured: anything on a GPU.
 """
 LIMIT = """
 ## Distance to the limit
 
-The linear layers' arithmetic that a step needs, over its time, over the fastest fp32 product of the machine; an arm in
-bf16 may exceed it.
+The linear layers' arithmetic that a step needs, over its time, over the fastest fp32 product that the machine gave
+between the rounds; an arm in bf16 may exceed it.
 
 | question | arm | share |
 |---|---|---|

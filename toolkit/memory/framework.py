@@ -15,7 +15,7 @@ MIB = 2**20
 # the driver's context and cuBLAS, which max_memory_allocated does not count; not measured by us.
 FRAMEWORK = {"cpu": 226 * MIB, "cuda": 500 * MIB}
 ADAPTERS, QUANTISED = 6 * MIB, 21 * MIB
-# What oneDNN keeps for every shape of a product and every count of rows that it meets, in fp32 and in bf16: found in runs
+# What oneDNN keeps for each shape of a product and each count of rows that it meets, in fp32 and in bf16: found in runs
 # of 20 and 200 steps of LoRA on the embedded bases. It keeps no more than so many, and rearranged copies of a weight.
 KERNEL, KERNEL_LOW = MIB * 6 // 10, MIB * 72 // 100
 MOST_KERNELS, COPIES = 1024, 2
