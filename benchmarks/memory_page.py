@@ -63,8 +63,9 @@ MEASURED = """
 Full-size models with random weights, real training steps, in MiB. "tensors" is what torch's allocator handed out,
 "process" the resident set. The peer is the Trainer of transformers with peft on the same rows, padded to the longest of
 the batch; its figures were taken by the same code. Batches are rows x longest text. In these runs of two steps oneDNN
-multiplied (`training.gemm: onednn`); longer ones meet more sizes of batch, for each of which it keeps kernels: 441 MiB
-instead of 317 after 565 steps of LoRA on gpt2-mini, which no plan predicts. `gemm: auto` weighs that.
+multiplied (`training.gemm: onednn`); longer ones meet more sizes of batch, for each of which it keeps kernels. A plan
+counts them: LoRA on gpt2-mini took 387 MiB in 20 steps and 421 in 200 (predicted 384 and 420; 317 by MKL), in bf16 438
+and 505 (predicted 439 and 515). `gemm: auto` weighs that.
 
 | recipe | batch | tensors: predicted | measured | error | peer | process: predicted | measured | error | peer |
 |---|---|---|---|---|---|---|---|---|---|

@@ -22,6 +22,7 @@ from toolkit.errors import AdapterError, InputError, ModelError, OutputError, To
 from toolkit.export.artifact import find_artifact, read_manifest, write_manifest
 from toolkit.export.changes import LoraChange
 from toolkit.export.merge import merge_adapter
+from toolkit.export.parity import rounding_bound
 from toolkit.models.base import resolve_base
 from toolkit.models.forward import classify
 from toolkit.models.load import load_classifier
@@ -379,3 +380,7 @@ def test_a_real_encoder_in_4_bits(minilm: Path, tmp_path: Path) -> None:
     report = merge_adapter(run, tmp_path / "merged")
     assert report.parity.live_relative <= 1e-4
     assert np.isfinite(report.parity.max_abs)
+
+
+def test_the_bound_of_rounding_grows_with_the_root_of_the_depth() -> None:
+    assert [rounding_bound("bf16", blocks=blocks) for blocks in (6, 12, 48)] == [0.1, 0.1, 0.2]
