@@ -48,8 +48,8 @@ PROBES = (
 PROBE_TOKENS = 128
 
 # Largest difference of a logit, as a share of the largest logit (at least 1). fp32 sums in another order; bf16 and
-# fp16 keep 8 and 11 bits of each weight. Up to so many blocks; of more, errors that know nothing of each other add up as
-# the root of their number (GPT-2 of 48 blocks with random weights, in bf16: 0.112).
+# fp16 keep 8 and 11 bits of each weight. Up to so many blocks; of more, errors that know nothing of each other add up
+# as the root of their number (GPT-2 of 48 blocks with random weights, in bf16: 0.112).
 BOUNDS = {"fp32": 1e-5, "bf16": 1e-1, "fp16": 1e-2}
 BLOCKS = 12
 QUANTISED_BOUND = 1e-4
