@@ -65,7 +65,8 @@ def test_from_recipe_to_prediction(recipe, tmp_path, capsys):
         assert set(lines[0]["scores"]) == {"ham", "spam"}
         assert main(["predict", str(model), str(texts), "--precision", "bf16"]) == 0
         low = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        assert low[0]["scores"] == pytest.approx(lines[0]["scores"], abs=0.02) != lines[0]["scores"]
+        assert low[0]["scores"] == pytest.approx(lines[0]["scores"], abs=0.02)
+        assert low[0]["scores"] != lines[0]["scores"]
 
 
 def test_predict_gives_the_logits_of_stock_libraries(recipe, tmp_path, capsys):

@@ -238,6 +238,22 @@ def test_63b_wrong_arrays(write: WriteFile, content: bytes, expected: str) -> No
     assert expected in str(caught.value)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
+def test_63b_a_header_that_claims_gigabytes(write: WriteFile) -> None:
+    path = write("a.npy", b"\x93NUMPY\x03\x00" + (2**32 - 1).to_bytes(4, "little") + b"{'descr': '<i8'}")
+    code = (
+        "import resource, sys, numpy, toolkit.data.load as load\n"
+        "from toolkit.errors import DataError\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**31, resource.RLIM_INFINITY))\n"
+        "try:\n    numpy.load(sys.argv[1], mmap_mode='r')\nexcept MemoryError:\n    print('memory')\n"
+        "from toolkit.data.arrays import _load_npy\n"
+        "try:\n    _load_npy(sys.argv[1], 'a.npy', targets=1)\nexcept DataError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0] == "memory"
+    assert "not a readable .npy file" in done.stdout
+
+
 def test_63b_ids_above_the_vocabulary() -> None:
     table = TokenTable(np.array([1, 2, 3, 50_257], dtype=np.int32), np.array([0, 1, 2, 4]))
     table.check_vocabulary(50_258, where="a.npy")

@@ -31,6 +31,8 @@ NPY_ROWS = 65_536
 # numpy parses a damaged header as Python, and takes a file that begins with PK for an archive.
 NPY_ERRORS = (
     ValueError, EOFError, OSError, OverflowError, SyntaxError, RecursionError, tokenize.TokenError, zipfile.BadZipFile,
+    # A header that claims gigabytes; the values themselves are mapped, and take no memory.
+    MemoryError,
 )  # fmt: skip
 
 
