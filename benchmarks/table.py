@@ -58,8 +58,8 @@ REASONS = """
   A second run on the same texts finds the states ("states found"). What is left then: imports, checksums, export and
   report, and steps that are bound by memory: one of 8 short texts takes 22 ms, in which 28 MB of weights are read
   twice, their gradients written and read three times, and AdamW moves 200 MB. `max_tokens_per_batch` takes fewer steps.
-- Whole commands ("end to end", and prediction) hold their imports: 3 to 4 s of the toolkit's, a third of the time of its
-  500 predictions in bf16.
+- Whole commands ("end to end", and prediction) hold their imports: 3 to 4 s of the toolkit's, a third of the time of
+  its 500 predictions in bf16.
 - LoRA on long texts is the one row whose arms ran in one process, in turns (three rounds).
 
 Not measured: anything on a GPU, and prediction of 10,000 texts at once (500 were).

@@ -182,9 +182,10 @@ def _language_model(folder: pathlib.Path, config: Any) -> nn.Module:
 
     with quiet_transformers():
         _check_tensors(folder, tensor_shapes(skeleton(lambda: AutoModelForCausalLM.from_config(config))))
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     model.config.use_cache = False
-    return model.eval()
+    stock: nn.Module = model.eval()
+    return stock
 
 
 def _check_tensors(folder: pathlib.Path, wanted: Shapes) -> None:
