@@ -86,7 +86,8 @@ MERGING = """
 
 Whole commands, imports included. The toolkit's time holds its checksums and the proof that the file gives the live
 model's logits (two passes in fp32, three fifths of XL's time); the peer is `merge_and_unload` of peft, loaded and saved
-in bf16, which proves nothing. Aimed at were 600 MiB for XL, which holds, and a third of the peer's time, which does not.
+in bf16, which proves nothing. Aimed at were 600 MiB for XL, which holds, and a third of the peer's time, which does
+not.
 
 | base in bf16 | by | seconds | peak of the process, MiB |
 |---|---|---|---|
