@@ -34,6 +34,7 @@ from toolkit.models.heads import own_head
 from toolkit.report.metrics_log import MetricsLog
 from toolkit.report.run_record import RunRecord, read_run_record
 from toolkit.report.wording import OWN_HEAD, head_sentence, memory_sentence
+from toolkit.resident import return_freed_memory
 from toolkit.run_folder import RunFolder
 from toolkit.runtime import memory_errors, process_rank
 
@@ -180,7 +181,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     # Tokens, model, method, objective.
     tokenizer = load_tokenizer(base.path, kind=base.family.tokenizer)
     task = build_task(Setup(recipe, data, base, tokenizer, accelerator, gemm, listener, memory))
-    runtime.return_freed_memory()
+    return_freed_memory()
     parameters = parameter_report(task.model)
     lengths = task.tables["train"].lengths
     plan = build_plan(settings, lengths=lengths, processes=accelerator.num_processes, labels=data.train.labels)
@@ -230,7 +231,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
         # The optimizer's state is not needed any more.
         trainer.release()
         accelerator.free_memory()
-        runtime.return_freed_memory()
+        return_freed_memory()
     memory.enter("evaluate")
     metrics: dict[str, Any] = {part: task.judge(part) for part in ("validation", "test") if len(task.tables[part])}
     if not main:

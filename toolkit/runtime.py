@@ -223,18 +223,6 @@ def memory_errors(line: Callable[[], str]) -> Iterator[None]:
         raise OutOfMemoryError(line()) from error
 
 
-def return_freed_memory() -> None:
-    """Hand memory that was freed back to the system; glibc and Arrow keep 70 MiB of it after reading 2 million rows."""
-    if "pyarrow" in sys.modules:
-        sys.modules["pyarrow"].default_memory_pool().release_unused()
-    if platform.libc_ver()[0] == "glibc":
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
-        sys.modules["torch"].cuda.empty_cache()
-
-
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new peak measurement."""
     import torch

@@ -58,7 +58,8 @@ def _in_halves(forward: Callable[[Batch], torch.Tensor], batch: Batch) -> torch.
     """Return the logits (B, C) of a batch, computed in halves where the whole does not fit into memory."""
     import torch
 
-    from toolkit.runtime import is_out_of_memory, return_freed_memory
+    from toolkit.resident import return_freed_memory
+    from toolkit.runtime import is_out_of_memory
 
     count = len(next(iter(batch.values())))
     try:

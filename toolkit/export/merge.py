@@ -13,7 +13,6 @@ from torch import nn
 
 from toolkit.adapters.check import read_adapter_config, read_adapter_tensors
 from toolkit.adapters.save import load_adapter
-from toolkit.code_pages import return_code_pages
 from toolkit.config.schema import QuantizationSettings
 from toolkit.data.tokenize import load_tokenizer
 from toolkit.export.artifact import Artifact, ArtifactFacts, Manifest, verify_files, write_manifest
@@ -34,7 +33,7 @@ from toolkit.models.load import (
 )
 from toolkit.models.stored import StoredTensors
 from toolkit.report.wording import OWN_HEAD
-from toolkit.runtime import return_freed_memory
+from toolkit.resident import give_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,7 +118,7 @@ def merge_adapter(
     bits = manifest.quantization["bits"] if artifact.kind == "adapter" and manifest.quantization else None
     # The live model comes first: it refuses a damaged adapter before anything is written.
     live = _live(artifact, found)
-    _tidy()
+    give_back()
     reference = reference_logits(live, tokenizer, max_length=manifest.max_length, bits=bits)
     del live
     skeleton = _skeleton(found, manifest)
@@ -135,7 +134,7 @@ def merge_adapter(
             max_shard_bytes=max_shard_bytes,
         )
         adapted = counts()
-        _tidy()
+        give_back()
         parity = prove_parity(staging, reference, tokenizer, max_length=manifest.max_length, dtype=dtype)
         write_manifest(staging, _merged_facts(manifest, found, dtype=dtype, parity=parity))
     return MergeReport(
@@ -148,12 +147,6 @@ def merge_adapter(
         seconds=time.perf_counter() - started,
         note=OWN_HEAD if found.family.own_head else "",
     )
-
-
-def _tidy() -> None:
-    """Give the system what the step before has left."""
-    return_freed_memory()
-    return_code_pages()
 
 
 def _live(artifact: Artifact, base: Base) -> nn.Module:

@@ -48,10 +48,7 @@ class DryRun:
         tables = [count * FULL for count in shape.embedding_tensors[:2]]
         # Ids, mask and positions are int64, padded and packed.
         tape.take(batch.tokens * 8 * 4, "batch")
-        widest = tape.widest
         found = [tape.record(size, (), parameters=(table,) if trained else ()) for table in tables]
-        # A table's gradient comes once a step: it leaves one hole, not one a block.
-        tape.widest = max(widest, size)
         hidden = tape.record(size, tuple(found), shared=True)
         tape.free(*found)
         if not self.gpt2:

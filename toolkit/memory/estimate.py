@@ -103,8 +103,7 @@ def estimate(
     passes = [("training", batch, kept) for batch in batches] + [("evaluation", batch, kept) for batch in evaluation]
     for name, given, below in passes + [("frozen blocks", batch, 0) for batch in prefix]:
         batch = given.padded(shape.prefix) if shape.prefix else given
-        by_onednn = device == "cpu" and (low_precision or training.gemm == "onednn")
-        if by_onednn:
+        if device == "cpu" and (low_precision or training.gemm == "onednn"):
             batch = batch.in_steps()
         learns = name == "training"
         # Gradients that are added to others, or used at once, do not stay.

@@ -19,7 +19,7 @@ ADAPTERS, QUANTISED = 6 * MIB, 21 * MIB
 # of 20 and 200 steps of LoRA on the embedded bases. It keeps no more than so many, and rearranged copies of a weight.
 KERNEL, KERNEL_LOW = MIB * 6 // 10, MIB * 72 // 100
 MOST_KERNELS, COPIES = 1024, 2
-# Code and tables that loading a model and the first step bring, given back code (``toolkit.code_pages``) included.
+# Code and tables that loading a model and the first step bring, given back code (``toolkit.resident``) included.
 LATER = {"cpu": 54 * MIB, "cuda": 0}
 # What glibc's heap has free and cannot give back, in tensors of the widest kind that comes and goes: so many a block
 # with a backward pass, at most so many, and so many of a pass without gradients. Found by benchmarks/memory_plan.py,

@@ -188,6 +188,8 @@ class Layers:
             result = tape.record(size, (source,), pinned=pinned, workspace=weight * self.low)
         elif trained:
             own = (weight * FULL, layer.fan_out * FULL)
+            if self.setting.training:
+                tape.widen(weight * FULL)
             # Autocast multiplies, and keeps, a copy in low precision of inputs that are float32.
             wide = self.setting.low_precision and source.size == rows * layer.fan_in * FULL
             saves, copy = ((), source.size // 2) if wide else ((source,), 0)

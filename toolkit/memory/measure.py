@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from toolkit.code_pages import return_code_pages
 from toolkit.config.methods import FeaturesMethod
 from toolkit.config.schema import Recipe
 from toolkit.data.parts import LoadedData
@@ -20,13 +19,13 @@ from toolkit.memory.inputs import Inputs, pair_inputs
 from toolkit.memory.predict import predict
 from toolkit.models.base import Base
 from toolkit.report.run_record import MemoryRecord, PhaseRecord
+from toolkit.resident import give_back
 from toolkit.runtime import (
     MemoryUse,
     held_memory,
     memory_kind,
     peak_memory,
     reset_peak_memory,
-    return_freed_memory,
 )
 
 # What a prediction covers; evaluation and export come after it.
@@ -92,12 +91,6 @@ class MemoryWatch:
             "phases": self.phases,
             "shortage": shortage,
         }
-
-
-def give_back() -> None:
-    """Return to the system what the process holds and does not need: freed memory, and code that has run."""
-    return_freed_memory()
-    return_code_pages()
 
 
 def predict_run(

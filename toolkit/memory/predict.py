@@ -60,7 +60,9 @@ def predict(recipe: Recipe, inputs: Inputs, *, device: str, found: int | None = 
         gemm = remembered_gemm() or "default"
     prefix = _prefix(recipe, shape, train, device=device)
     framework = framework_bytes(recipe, device=device, found=found)
-    if device == "cpu" and (low or gemm == "onednn") and shape.frozen < shape.layers:
+    # In float32 quantised layers multiply in their own way.
+    fast = low or (gemm == "onednn" and recipe.quantization is None)
+    if device == "cpu" and fast and shape.frozen < shape.layers:
         if prefix and shape.frozen == shape.layers - 1 and shape.family.pools_one:
             # The one block that runs in steps multiplies pooled rows alone.
             trained, evaluated = {recipe.training.batch_size}, {EVALUATION_BATCH}

@@ -66,7 +66,8 @@ class Tape:
         offloaded_from: Saved storages of so many bytes leave the device (``training.offload``); None: all stay.
         parts: Bytes held now, by part.
         peak: The most bytes held at once.
-        widest: The largest result of an operation, unpacked weight or gradient of a parameter of at most ``MAPPED``.
+        widest: The largest result of an operation, unpacked weight or gradient of a block's weight, of at most
+            ``MAPPED``. What comes once a step, such as an embedding's gradient, leaves one hole, not one a block.
         at_peak: What they were.
     """
 
@@ -143,7 +144,7 @@ class Tape:
             shared: The backward pass hands its own gradient on.
         """
         flows = bool(parameters) or any(value.needs_grad for value in inputs)
-        self.widen(size, *(parameters if flows else ()))
+        self.widen(size)
         result = Value(self.take(size, self.part), size, flows)
         self.touch(workspace + (0 if flows and self._recording else extra))
         if flows:

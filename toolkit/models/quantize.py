@@ -13,7 +13,7 @@ from torch import nn
 from toolkit.config.schema import QuantizationSettings
 from toolkit.errors import CapabilityError, Problem
 from toolkit.families import Family
-from toolkit.runtime import return_freed_memory
+from toolkit.resident import return_freed_memory
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from toolkit.errors import CapabilityError, Problem
-from toolkit.runtime import return_freed_memory
+from toolkit.resident import return_freed_memory
 
 # Bytes of a gradient from which its going leaves a hole worth giving back.
 LARGE = 1 << 20

@@ -21,7 +21,8 @@ from toolkit.config.schema import Recipe
 from toolkit.errors import DivergedError, StoppedError
 from toolkit.models.forward import checkpoint_activations
 from toolkit.parameters import trained_parameters
-from toolkit.runtime import held_memory, is_out_of_memory, memory_errors, return_freed_memory
+from toolkit.resident import return_freed_memory
+from toolkit.runtime import held_memory, is_out_of_memory, memory_errors
 from toolkit.training.checkpoint import Checkpoint, load_best, rotate, save_checkpoint, steps_on_disk
 from toolkit.training.in_backward import InBackward
 from toolkit.training.observer import Observer, StepRecord

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.code_pages import SMAPS, code_mappings
+from toolkit.resident import SMAPS, code_mappings
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_AGAIN = """
 import torch
-from toolkit.code_pages import return_code_pages
+from toolkit.resident import return_code_pages
 
 def of_files():
     status = open("/proc/self/status").read()

@@ -1,7 +1,8 @@
-"""Lets go of code that has run: importing torch touches 100 MiB of libraries, of which a training step needs a third.
+"""Gives back to the system what a process holds and does not need: freed memory, and code that has run.
 
-A page of a library counts as resident from its first use on, and start-up uses most of them once. Given back, those
-that run again come from the system's file cache, 16 at a time: all together a hundredth of a second a phase.
+Importing torch touches 100 MiB of libraries, of which a training step needs a third. A page of a library counts as
+resident from its first use on, and start-up uses most of them once. Given back, those that run again come from the
+system's file cache, 16 at a time: all together a hundredth of a second a phase.
 """
 
 from __future__ import annotations
@@ -11,12 +12,29 @@ import mmap
 import pathlib
 import platform
 import re
+import sys
 from collections.abc import Iterator
 
 SMAPS = pathlib.Path("/proc/self/smaps")
 # Code is mapped privately and is not written to; what lies in no file, or a loader has yet to change, is left alone.
 CODE = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) r-xp \S+ \S+ [1-9]\d*\s+/")
 HEADER = re.compile(r"^[0-9a-f]+-[0-9a-f]+ ")
+
+
+def give_back() -> None:
+    """Return freed memory and code that has run."""
+    return_freed_memory()
+    return_code_pages()
+
+
+def return_freed_memory() -> None:
+    """Hand memory that was freed back to the system; glibc and Arrow keep 70 MiB of it after reading 2 million rows."""
+    if "pyarrow" in sys.modules:
+        sys.modules["pyarrow"].default_memory_pool().release_unused()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+        sys.modules["torch"].cuda.empty_cache()
 
 
 def return_code_pages() -> None:
