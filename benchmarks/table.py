@@ -41,13 +41,13 @@ like length together, and bf16 autocast where the processor multiplies bf16 fast
 REASONS = """
 ## Where an aim is missed, and why
 
-- **The matrix products are the limit.** On short texts 84 % of a LoRA step in fp32 is spent in them (profile of GPT-2,
-  batch 8: `mm` 41 %, `addmm` 41 %, attention 5 %, GELU 4 %). The next table says how much of the machine's fastest fp32
+- **The matrix products are the limit.** On short texts four fifths of a LoRA step in fp32 are spent in them (profile of
+  GPT-2, batch 8: `mm` 41 %, `addmm` 41 %, attention 5 %, GELU 4 %). The next table says how much of the machine's fastest fp32
   product, measured in the same run, the arithmetic reaches that a step cannot do without.
 - **bf16 is what pays where the processor has it**: 400 GFLOP/s here beside 200 in fp32. The tuned peer runs under bf16
   autocast; the toolkit's fp32 arms, which keep full precision, are near it or below. Like against like is the arm with
-  `bf16`. In a pass over frozen blocks in bf16 products are 58 % of the time, casts 10 %, GELU 6 %, attention row by
-  row 6 %; the rest is norms and residuals.
+  `bf16`. Of a first last-block run in bf16, most of it the pass over frozen blocks, products are 58 % by the profiler,
+  copies and casts 10 %, GELU 6 %, attention row by row 6 %.
 - **oneDNN helps little in fp32.** Its products were 1.08 to 1.28 times as fast as MKL's on processors with AVX-512
   (1.11 to 1.14 on this one), on one with AVX2 they took 1.16 times as long. `training.gemm: auto` takes it where it
   wins by a fifth: it keeps a kernel of 0.6 MiB for every size of batch, 105 MiB after 200 steps of LoRA on gpt2-mini.
@@ -56,10 +56,10 @@ REASONS = """
   backward pass of one block. One pass is what a first run cannot avoid, nine tenths of it products at the machine's
   peak in fp32, so its ratio is bounded near the number of epochs, times what padding costs, times what the peer loses.
   A second run on the same texts finds the states ("states found"). What is left then: imports, checksums, export and
-  report, and steps that are bound by memory: one of 8 short texts takes 22 ms, in which 28 MB of weights are read
-  twice, their gradients written and read three times, and AdamW moves 200 MB. `max_tokens_per_batch` takes fewer steps.
-- Whole commands ("end to end", and prediction) hold their imports: 3 to 4 s of the toolkit's, a third of the time of
-  its 500 predictions in bf16.
+  report, and steps that are bound by memory: one of 8 short texts takes 22 ms, in which, by arithmetic, 28 MB of
+  weights are read twice, their gradients written and read three times, and AdamW moves 200 MB. `max_tokens_per_batch`
+  takes fewer steps.
+- Whole commands ("end to end", and prediction) hold their imports and loading, which weigh on 500 predictions.
 - LoRA on long texts is the one row whose arms ran in one process, in turns (three rounds).
 
 Not measured: anything on a GPU, and prediction of 10,000 texts at once (500 were).

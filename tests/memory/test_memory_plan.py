@@ -173,3 +173,21 @@ def test_sizes_are_read(text, size):
 def test_wrong_sizes_are_refused(text):
     with pytest.raises(InputError, match="--budget"):
         parse_bytes(text)
+
+
+def test_kernels_are_counted_by_the_sizes_of_batches_and_quantised_layers_have_none(written):
+    def framework(*changes):
+        recipe = load_recipe(written, ["method={name: lora}", *changes])
+        return plan_memory(recipe, device="cpu").estimate.breakdown["framework"]
+
+    plain, one, many = (
+        framework(*changes)
+        for changes in (
+            ["training.gemm=default"],
+            ["training.gemm=onednn", "training.epochs=null", "training.max_steps=1"],
+            ["training.gemm=onednn", "training.epochs=8"],
+        )
+    )
+    assert plain < one < many
+    quantised = [framework("quantization={bits: 4}", f"training.gemm={gemm}") for gemm in ("default", "onednn")]
+    assert quantised[0] == quantised[1]
