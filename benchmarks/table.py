@@ -42,8 +42,8 @@ REASONS = """
 ## Where an aim is missed, and why
 
 - **The matrix products are the limit.** On short texts four fifths of a LoRA step in fp32 are spent in them (profile of
-  GPT-2, batch 8: `mm` 41 %, `addmm` 41 %, attention 5 %, GELU 4 %). The next table says how much of the machine's fastest fp32
-  product, measured in the same run, the arithmetic reaches that a step cannot do without.
+  GPT-2, batch 8: `mm` 41 %, `addmm` 41 %, attention 5 %, GELU 4 %). The next table says how much of the machine's
+  fastest fp32 product, measured in the same run, the arithmetic reaches that a step cannot do without.
 - **bf16 is what pays where the processor has it**: 400 GFLOP/s here beside 200 in fp32. The tuned peer runs under bf16
   autocast; the toolkit's fp32 arms, which keep full precision, are near it or below. Like against like is the arm with
   `bf16`. Of a first last-block run in bf16, most of it the pass over frozen blocks, products are 58 % by the profiler,
