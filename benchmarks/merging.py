@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -45,12 +46,14 @@ from toolkit.cli import main
 sys.exit(main(["merge", sys.argv[1], "--output", sys.argv[2], "--dtype", "bf16"]))
 """
 PEFT = """
-import sys, torch, transformers
+import sys, time, torch, transformers
 from peft import PeftModel
+started = time.perf_counter()
 base, adapter, output = sys.argv[3], sys.argv[1] + "/adapter", sys.argv[2]
 model = transformers.AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.bfloat16, num_labels=2)
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(output)
 transformers.AutoTokenizer.from_pretrained(adapter).save_pretrained(output)
+print(f"weights {time.perf_counter() - started} s")
 """
 MEASURED = """
 import resource, subprocess, sys, time
@@ -79,7 +82,9 @@ def measured(code: str, *words: str) -> dict[str, float]:
     rc, seconds, peak = done.stdout.split()[-3:]
     if rc != "0":
         raise SystemExit(done.stderr)
-    return {"seconds": round(float(seconds), 2), "peak_mib": round(float(peak) / 2**20)}
+    weights = re.search(r"weights ([\d.]+) s", done.stdout)
+    alone = {} if weights is None else {"weights_seconds": round(float(weights[1]), 2)}
+    return {"seconds": round(float(seconds), 2), **alone, "peak_mib": round(float(peak) / 2**20)}
 
 
 def main() -> None:
@@ -111,9 +116,14 @@ def main() -> None:
                 if arm == "toolkit":
                     parity = json.loads((output / "manifest.json").read_text())["merge"]["parity"]
                 shutil.rmtree(output)
-    ratios = [p["seconds"] / t["seconds"] for p, t in zip(arms["peft"], arms["toolkit"], strict=True)]
+    ratios = {
+        kind: peers.spread([p[kind] / t[kind] for p, t in zip(arms["peft"], arms["toolkit"], strict=True)])
+        for kind in ("seconds", "weights_seconds")
+    }
     result: dict[str, Any] = {"case": {"size": chosen.size, "dtype": "bf16"}, "arms": arms, "parity": parity}
-    peers.write(f"merging_{chosen.size}", {**result, "ratio": peers.spread(ratios)})
+    peers.write(
+        f"merging_{chosen.size}", {**result, "ratio": ratios["seconds"], "ratio_weights": ratios["weights_seconds"]}
+    )
 
 
 if __name__ == "__main__":

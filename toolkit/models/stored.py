@@ -58,11 +58,11 @@ class StoredTensors:
             start += len(piece)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """Yield a tensor in float32, 8 MiB at a time, as slices of its first dimension."""
+        """Yield a tensor in the dtype it is stored in, 8 MiB at a time, as slices of its first dimension."""
         info = self._info(name)
         row = math.prod(info.shape[1:])
         for piece in _flat_pieces(info, multiple=row):
-            yield piece.float().view(-1, *info.shape[1:])
+            yield piece.view(-1, *info.shape[1:])
 
     def rows(self, name: str, numbers: torch.Tensor) -> torch.Tensor:
         """Return rows (n, ...) of a tensor in float32, on the CPU.
