@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Precision = Literal["fp32", "bf16", "fp16"]
+WantedPrecision = Literal["auto", "fp32", "bf16", "fp16"]
 MemoryKind = Literal["resident set", "cuda allocated"]
 
 
@@ -57,7 +58,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def choose_precision(wanted: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Precision:
+def choose_precision(wanted: WantedPrecision, device: torch.device) -> Precision:
     """Resolve ``auto``: bf16 on CUDA that computes in it, fp16 on older CUDA, fp32 elsewhere."""
     import torch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from toolkit.data.labels import LabelMap
 from toolkit.data.load import load_part
@@ -14,6 +14,7 @@ from toolkit.evaluation.figures import all_figures
 from toolkit.export.artifact import Manifest, find_artifact
 from toolkit.inference.generate import Generator
 from toolkit.inference.predict import Classifier, check_classifies
+from toolkit.runtime import WantedPrecision
 
 
 def evaluate(
@@ -25,7 +26,7 @@ def evaluate(
     label_separator: str = "|",
     batch_size: int = 32,
     device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32",
+    precision: WantedPrecision = "fp32",
 ) -> Mapping[str, Any]:
     """Return every figure of a classifier on the rows of a file.
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from toolkit.export.trained_base import check_settings, resolve_trained_base
 from toolkit.families import Family
 from toolkit.inference.predictions import AnyPrediction, Prediction, build_predictions
 from toolkit.inference.texts import read_texts
-from toolkit.runtime import Precision, choose_device, choose_precision, import_models
+from toolkit.runtime import Precision, WantedPrecision, choose_device, choose_precision, import_models
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ class Classifier:
         path: str | pathlib.Path,
         *,
         device: str = "auto",
-        precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32",
+        precision: WantedPrecision = "fp32",
     ) -> Classifier:
         """Load what a run trained.
 
@@ -199,7 +199,7 @@ def predict_lines(
     text_column: str = "text",
     batch_size: int = 32,
     device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32",
+    precision: WantedPrecision = "fp32",
 ) -> Iterator[str]:
     """Yield a JSON line for each text of a file or of stdin: ``text`` with ``label``, ``labels`` or ``values``.
 
