@@ -28,6 +28,8 @@ class Family:
         ia3_auto: The same of IA3: keys, values and the MLP's second layer.
         linear: Suffixes of every linear layer inside a block.
         norms: Suffixes of every layer norm.
+        mlp_in: Path in a block of the MLP's first layer.
+        activation: Path in a block of the activation behind it.
         mlp_out: Suffix of the MLP's second layer.
         fan_in_fan_out: Whether those layers are Conv1D, whose weights are stored (in, out).
         pooling: What is classified: the last real token, the first ([CLS]), or the mean or maximum of all.
@@ -49,6 +51,8 @@ class Family:
     ia3_auto: tuple[str, ...]
     linear: tuple[str, ...]
     norms: tuple[str, ...]
+    mlp_in: str
+    activation: str
     mlp_out: str
     fan_in_fan_out: bool
     pooling: Pooling
@@ -90,6 +94,8 @@ FAMILIES = {
         ia3_auto=("attn.c_attn", "mlp.c_proj"),
         linear=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
         norms=("ln_1", "ln_2", "ln_f"),
+        mlp_in="mlp.c_fc",
+        activation="mlp.act",
         mlp_out="mlp.c_proj",
         fan_in_fan_out=True,
         pooling="last",
@@ -111,6 +117,8 @@ FAMILIES = {
         ia3_auto=("k_lin", "v_lin", "lin2"),
         linear=("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"),
         norms=("LayerNorm", "sa_layer_norm", "output_layer_norm"),
+        mlp_in="ffn.lin1",
+        activation="ffn.activation",
         mlp_out="lin2",
         fan_in_fan_out=False,
         pooling="first",

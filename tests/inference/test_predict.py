@@ -27,7 +27,12 @@ from toolkit.export.model import save_model
 from toolkit.inference.predict import CHUNK_BATCHES, Classifier, predict_lines
 from toolkit.models.base import resolve_base
 from toolkit.models.load import load_language_model
+from toolkit.models.packed import PackedLinear
+from toolkit.training.gemm import choose_packing
 
+needs_bf16 = pytest.mark.skipif(
+    choose_packing("default", "bf16", torch.device("cpu")) is None, reason="this processor does not multiply bf16"
+)
 REPOSITORY = Path(__file__).resolve().parents[2]
 PicoFolder = Callable[[str], Path]
 WORDS = ["you", "are", "a", "winner", "of", "cash", "hey", "on", "for", "dinner", "free", "prize", "call", "see"]
@@ -128,8 +133,15 @@ def test_int8_and_full_runs_load(pico_cache: PicoFolder, tmp_path: Path) -> None
     ids=["lora", "full", "dora", "ia3", "4 bits"],
 )
 def test_bf16_rounds_weights_once_and_answers_as_autocast_does(
-    options: dict[str, Any], lowered: bool, family: str, pico_cache: PicoFolder, tmp_path: Path
+    options: dict[str, Any],
+    lowered: bool,
+    family: str,
+    pico_cache: PicoFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # As on a processor that does not multiply bf16.
+    monkeypatch.setattr("toolkit.training.gemm.choose_packing", lambda *_: None)
     run = build_run(tmp_path / "run", pico_cache(family), **options)
     plain, low = (Classifier.load(run, device="cpu", precision=one) for one in ("fp32", "bf16"))
     assert (low.precision, plain.precision) == ("bf16", "fp32")
@@ -139,6 +151,40 @@ def test_bf16_rounds_weights_once_and_answers_as_autocast_does(
     plain.precision = "bf16"
     assert np.array_equal(low.logits(texts()), plain.logits(texts()))
     assert 0 < np.abs(low.logits(texts()) - exact).max() < 0.1 * np.abs(exact).max()
+
+
+@needs_bf16
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+@pytest.mark.parametrize(
+    ("options", "packed"),
+    [
+        ({}, True),
+        ({"method": LoraMethod(name="lora", r=4, target_modules="all-linear")}, True),
+        ({"method": FullMethod(name="full")}, True),
+        ({"method": LoraMethod(name="lora", r=4, variant="dora", target_modules="all-linear")}, False),
+        ({"quantization": NF4}, False),
+    ],
+    ids=["lora", "all layers", "full", "dora", "4 bits"],
+)
+def test_packed_weights_give_the_bits_of_autocast_and_with_gelu_no_worse_ones(
+    options: dict[str, Any],
+    packed: bool,
+    family: str,
+    pico_cache: PicoFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = build_run(tmp_path / "run", pico_cache(family), **options)
+    plain, fused = (Classifier.load(run, device="cpu", precision=one) for one in ("fp32", "bf16"))
+    with monkeypatch.context() as patch:
+        patch.setattr("toolkit.models.packed.GELU", {})
+        low = Classifier.load(run, device="cpu", precision="bf16")
+    assert any(isinstance(layer, PackedLinear) for layer in low._model.modules()) == packed
+    exact = plain.logits(texts())
+    plain.precision = "bf16"
+    twin = plain.logits(texts())
+    assert np.array_equal(low.logits(texts()), twin)
+    assert np.abs(fused.logits(texts()) - exact).max() < max(2 * np.abs(twin - exact).max(), 1e-6)
 
 
 def test_labels_and_scores(classifier: Classifier) -> None:

@@ -93,15 +93,18 @@ class Classifier:
         # Everything above answers without torch.
         import_models(adapters=artifact.kind == "adapter", quantised=_quantization(artifact) is not None)
         from toolkit.adapters.save import load_adapter
+        from toolkit.models.flat import runs_flat
         from toolkit.models.forward import unwrapped
         from toolkit.models.frozen import LOW
         from toolkit.models.load import load_classifier
-        from toolkit.training.gemm import choose_gemm, use_gemm
+        from toolkit.models.packed import pack_blocks
+        from toolkit.training.gemm import choose_gemm, choose_packing, use_gemm
 
         check_settings(artifact, base.family)
         target = choose_device(device)
         chosen = choose_precision(precision, target)
-        lowered = chosen in LOW and _only_multiplied(artifact, base.family)
+        multiplied = _only_multiplied(artifact, base.family)
+        lowered = chosen in LOW and multiplied
         model = load_classifier(
             base,
             labels=tuple(manifest.labels),
@@ -115,7 +118,12 @@ class Classifier:
         trained.requires_grad_(False)
         if lowered:
             unwrapped(trained).frozen.load(unwrapped(trained), LOW[chosen])
-        use_gemm(trained, choose_gemm("auto", target))
+        gemm = choose_gemm("auto", target)
+        packing = choose_packing(gemm, chosen, target)
+        if packing is not None and multiplied and runs_flat(unwrapped(trained)):
+            pack_blocks(unwrapped(trained), base.family, packing)
+        else:
+            use_gemm(trained, gemm)
         return cls(
             trained,
             # The one trained with; the base's files may have changed since.

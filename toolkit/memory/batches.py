@@ -69,6 +69,14 @@ def training_counts(lengths: Lengths, training: TrainingSettings, *, labels: NDA
     return _stepped(totals)
 
 
+def training_row_counts(
+    lengths: Lengths, training: TrainingSettings, *, labels: NDArray[Any] | None = None
+) -> set[int]:
+    """Return the row counts of a run's micro-batches: what products of pooled rows alone are made for."""
+    sizes = [np.diff(np.append(starts, len(order))) for order, starts in _epochs(lengths, training, labels)]
+    return {int(size) for epoch in sizes for size in np.unique(epoch)}
+
+
 def evaluation_counts(lengths: Lengths, *, batch_size: int) -> set[int]:
     """Return the same of an evaluation, which takes rows of like length together."""
     ordered = np.sort(lengths)[::-1]

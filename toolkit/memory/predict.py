@@ -14,6 +14,7 @@ from toolkit.memory.batches import (
     largest_micro_batches,
     largest_prefix_batch,
     training_counts,
+    training_row_counts,
 )
 from toolkit.memory.estimate import Estimate, estimate
 from toolkit.memory.framework import framework_bytes, onednn_bytes
@@ -65,7 +66,8 @@ def predict(recipe: Recipe, inputs: Inputs, *, device: str, found: int | None = 
     if device == "cpu" and fast and shape.frozen < shape.layers:
         if prefix and shape.frozen == shape.layers - 1 and shape.family.pools_one:
             # The one block that runs in steps multiplies pooled rows alone.
-            trained, evaluated = {recipe.training.batch_size}, {EVALUATION_BATCH}
+            trained = training_row_counts(train, recipe.training, labels=inputs.train_labels)
+            evaluated = {EVALUATION_BATCH}
         else:
             trained = training_counts(train, recipe.training, labels=inputs.train_labels)
             evaluated = evaluation_counts(validation, batch_size=EVALUATION_BATCH)

@@ -28,6 +28,8 @@ from toolkit.models.base import Base
 from toolkit.models.flat import has_flat_form, prefix_states
 from toolkit.models.forward import unwrapped
 from toolkit.report.run_record import PrefixCacheRecord
+from toolkit.training.gemm import choose_packing
+from toolkit.training.gemm_choice import Gemm
 
 KEPT_PARTS = ("train", "validation")
 
@@ -42,6 +44,7 @@ class PrefixPlan:
         width: Of a state.
         dtype: ``fp16`` or ``fp32``.
         keys: Key of the cache of each part.
+        packed: What weights are packed in while a block runs (``models.packed``); None: they are not.
     """
 
     blocks: int
@@ -49,6 +52,7 @@ class PrefixPlan:
     width: int
     dtype: Literal["fp16", "fp32"]
     keys: dict[str, str]
+    packed: torch.dtype | None = None
 
 
 def plan_prefixes(
@@ -57,6 +61,7 @@ def plan_prefixes(
     *,
     base: Base,
     accelerator: Accelerator,
+    gemm: Gemm,
     listener: Listener,
     dtype: Literal["fp16", "fp32"] | None = None,
 ) -> PrefixPlan | None:
@@ -69,6 +74,7 @@ def plan_prefixes(
         tables: Token ids by part.
         base: The model.
         accelerator: Processes and precision.
+        gemm: Library of fp32 products.
         listener: Hears why states that should be kept are not.
         dtype: Of the states; None: the recipe's.
     """
@@ -88,6 +94,9 @@ def plan_prefixes(
         "device": accelerator.device.type,
         "dtype": dtype,
     }
+    packed = choose_packing(gemm, accelerator.mixed_precision, accelerator.device)
+    if packed is not None:
+        facts["packed"] = packed
     if pooled and base.family.pooling != FAMILIES[base.family.model_type].pooling:
         facts["pooling"] = base.family.pooling
     parts = {name: tables[name] for name in KEPT_PARTS if len(tables[name])}
@@ -100,7 +109,7 @@ def plan_prefixes(
     if reason is not None:
         listener.say(f"warning: frozen blocks run in every epoch: {reason}")
         return None
-    return PrefixPlan(blocks, pooled, width, dtype, keys)
+    return PrefixPlan(blocks, pooled, width, dtype, keys, packed)
 
 
 def streamed_blocks(plan: PrefixPlan | None, recipe: Recipe, accelerator: Accelerator, *, blocks: int) -> int | None:
@@ -144,7 +153,7 @@ def keep_prefixes(
     @torch.no_grad()
     def compute(batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         with accelerator.autocast():
-            return prefix_states(core, batches, blocks=plan.blocks)
+            return prefix_states(core, batches, blocks=plan.blocks, packed=plan.packed)
 
     caches = {}
     # One process computes the states, the others of the same machine then find them.

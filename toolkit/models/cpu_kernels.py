@@ -2,6 +2,8 @@
 
 # Tokens of the longest row up to which attention under autocast is faster in float32 (``packing.attend_widened``).
 WIDENED = 128
+# Narrower linear layers, such as adapters, are not worth a kernel of their own.
+NARROWEST = 64
 
 
 def stepped(rows: int) -> int:

@@ -25,6 +25,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from toolkit.families import Family, family_of
 from toolkit.models.absorbed import attend_absorbed, only_trained
 from toolkit.models.classification_head import pool_packed
+from toolkit.models.packed import packed_block
 from toolkit.models.packing import Packing, attend, lay_out, pack
 
 Tensor = torch.Tensor
@@ -79,7 +80,9 @@ def token_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, po
     return hidden.index_select(0, packing.bounds[rows] + positions % length)
 
 
-def prefix_states(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, blocks: int) -> list[Tensor]:
+def prefix_states(
+    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, blocks: int, packed: torch.dtype | None = None
+) -> list[Tensor]:
     """Return what the first ``blocks`` blocks make of each batch: (N, width), the shortest row's tokens first.
 
     If these are all blocks: (B, width), what each row is classified by. A block sees all batches before the next one
@@ -89,15 +92,18 @@ def prefix_states(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, 
         model: A classifier that ``runs_flat``.
         batches: Each with ``input_ids`` (B, T) int64, padded, and ``attention_mask`` (B, T), 1 for real tokens.
         blocks: How many, from the first.
+        packed: What weights are packed in while a block sees the batches (``models.packed``); None: they are not.
     """
     family, flat = _families(model)
-    packed = [
-        pack(ids, batch["attention_mask"], pooling=family.pooling, in_steps=_by_onednn(model, ids))
+    rows = [
+        pack(
+            ids, batch["attention_mask"], pooling=family.pooling, in_steps=packed is not None or _by_onednn(model, ids)
+        )
         for batch in batches
         for ids in [batch["input_ids"]]
     ]
-    packings = [packing for _, packing in packed]
-    states = _run(model, [flat.embed(model, *one) for one in packed], packings, range(blocks))
+    packings = [packing for _, packing in rows]
+    states = _run(model, [flat.embed(model, *one) for one in rows], packings, range(blocks), packed=packed)
     if blocks < len(_blocks(model)):
         return [hidden[: len(hidden) - packing.filler] for hidden, packing in zip(states, packings, strict=True)]
     return [_pooled(hidden, packing, family) for hidden, packing in zip(states, packings, strict=True)]
@@ -123,7 +129,13 @@ def suffix_states(model: nn.Module, states: Tensor, lengths: Tensor, *, blocks: 
 
 
 def _run(
-    model: nn.Module, hidden: list[Tensor], packings: list[Packing], numbers: range, *, pooled: bool = True
+    model: nn.Module,
+    hidden: list[Tensor],
+    packings: list[Packing],
+    numbers: range,
+    *,
+    pooled: bool = True,
+    packed: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Run each batch's states through consecutive blocks, and the final norm behind the last one of the model.
 
@@ -134,7 +146,7 @@ def _run(
     for number in numbers:
         block, last = blocks[number], pooled and family.pools_one and number == len(blocks) - 1
         recompute = block.gradient_checkpointing and block.training
-        with _in_memory(model, number):
+        with _in_memory(model, number), packed_block(block, family, packed):
             for place, packing in enumerate(packings):
                 step = partial(flat.block, block, packing=packing, last=last)
                 states = hidden[place]

@@ -64,14 +64,16 @@ class ClassificationTask:
         setup.memory.enter("tokenise")
         self.tables, self.truncated = tokenize_parts(data, tokenizer, max_length=recipe.model.max_length)
         self._gemm, self._listener, self._memory = setup.gemm, setup.listener, setup.memory
-        plan = plan_prefixes(recipe, self.tables, base=base, accelerator=accelerator, listener=setup.listener)
+        plan_kept = partial(
+            plan_prefixes, recipe, self.tables, base=base, accelerator=accelerator, gemm=setup.gemm,
+            listener=setup.listener,
+        )  # fmt: skip
+        plan = plan_kept()
         try:
             self._build(plan)
         except PrefixOverflowError:
             setup.listener.say("warning: a state of the frozen blocks exceeds fp16: kept in fp32")
-            plan = plan_prefixes(
-                recipe, self.tables, base=base, accelerator=accelerator, listener=setup.listener, dtype="fp32"
-            )
+            plan = plan_kept(dtype="fp32")
             self._build(plan)
         self.prefix_cache: PrefixCacheRecord | None = prefix_record(self._caches)
         self.objective = ClassificationObjective(
