@@ -46,8 +46,11 @@ REASONS = """
   fastest fp32 product, measured in the same run, the arithmetic reaches that a step cannot do without.
 - **bf16 is what pays where the processor has it**: 400 GFLOP/s here beside 200 in fp32. The tuned peer runs under bf16
   autocast; the toolkit's fp32 arms, which keep full precision, are near it or below. Like against like is the arm with
-  `bf16`. Of a first last-block run in bf16, most of it the pass over frozen blocks, products are 58 % by the profiler,
-  copies and casts 10 %, GELU 6 %, attention row by row 6 %.
+  `bf16`. Of a first last-block run in bf16, most of it the pass over frozen blocks, products were 58 % by the profiler,
+  copies and casts 10 %, GELU 6 %, attention row by row 6 %. Since those rows were measured, oneDNN has been given packed
+  weights and GELU in such passes: they take 5 to 12 % less in bf16. In fp32 by oneDNN it is a quarter less, and 70 MiB
+  more, so that `training.gemm: onednn` has to ask for it. Weights stay as they are where gradients flow: packed both
+  ways, they would lie in memory twice.
 - **oneDNN helps little in fp32.** Its products were 1.08 to 1.28 times as fast as MKL's on processors with AVX-512
   (1.11 to 1.14 on this one), on one with AVX2 they took 1.16 times as long. `training.gemm: auto` takes it where it
   wins by a fifth: it keeps a kernel of 0.6 MiB for every size of batch, 105 MiB after 200 steps of LoRA on gpt2-mini.
