@@ -47,7 +47,7 @@ REASONS = """
 - **bf16 is what pays where the processor has it**: 400 GFLOP/s here beside 200 in fp32. The tuned peer runs under bf16
   autocast; the toolkit's fp32 arms, which keep full precision, are near it or below. Like against like is the arm with
   `bf16`. Of a first last-block run in bf16, most of it the pass over frozen blocks, products were 58 % by the profiler,
-  copies and casts 10 %, GELU 6 %, attention row by row 6 %. Since those rows were measured, oneDNN has been given packed
+  copies and casts 10 %, GELU 6 %, attention row by row 6 %. Since those rows were measured, oneDNN is given packed
   weights and GELU in such passes: they take 5 to 12 % less in bf16. In fp32 by oneDNN it is a quarter less, and 70 MiB
   more, so that `training.gemm: onednn` has to ask for it. Weights stay as they are where gradients flow: packed both
   ways, they would lie in memory twice.
