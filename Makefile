@@ -18,14 +18,14 @@ lint: $(VENV)/dev.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# About half an hour on two cores with nothing else running.
+# Two hours on two cores with nothing else running, most of them the peer's.
 bench: $(VENV)/dev.installed
 	$(BIN)/python benchmarks/training_speed.py --rounds 2
-	$(BIN)/python benchmarks/prediction_speed.py --texts 500
+	$(BIN)/python benchmarks/prediction_speed.py --texts 10000 --rounds 1
 	$(BIN)/python benchmarks/growth.py --rows 1000 250000 500000 1000000 2000000
 	$(BIN)/python benchmarks/tokenizing.py
 	$(BIN)/python benchmarks/merging.py --size small --rounds 3
-	$(BIN)/python benchmarks/merging.py --size xl
+	$(BIN)/python benchmarks/merging.py --size xl --rounds 2
 	$(BIN)/python benchmarks/table.py performance
 
 # About forty minutes on two cores with nothing else running, and 16 GiB of memory for the peer and the XL base.
