@@ -18,10 +18,11 @@ from toolkit.models.flat import prefix_states
 from toolkit.models.forward import classify, unwrapped
 from toolkit.models.load import load_classifier
 from toolkit.models.packed import PackedLinear, pack_blocks, packed_block
-from toolkit.training.gemm import _works, choose_packing
+from toolkit.training import gemm
+from toolkit.training.gemm import choose_packing
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not _works(), reason="this build of torch lacks oneDNN's linear layer")
+pytestmark = pytest.mark.skipif(not gemm._works(), reason="this build of torch lacks oneDNN's linear layer")
 needs_bf16 = pytest.mark.skipif(
     choose_packing("default", "bf16", CPU) is None, reason="this processor does not multiply bf16"
 )
@@ -127,5 +128,14 @@ def test_weights_are_packed_where_onednn_multiplies(monkeypatch: pytest.MonkeyPa
     assert choose_packing("onednn", "no", CPU) == choose_packing("onednn", "fp32", CPU) == torch.float32
     assert choose_packing("default", "fp32", CPU) is choose_packing("onednn", "fp16", CPU) is None
     assert choose_packing("onednn", "bf16", torch.device("meta")) is None
+    state = torch.get_rng_state()
+    gemm._packs.cache_clear()
+    assert gemm._packs(torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)
+    gemm._packs.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedLinear, "forward", lambda *_: torch.zeros(3, 66))
+        assert choose_packing("onednn", "fp32", CPU) is None
+    gemm._packs.cache_clear()
     monkeypatch.setattr("toolkit.training.gemm._works", lambda: False)
     assert choose_packing("onednn", "fp32", CPU) is choose_packing("onednn", "bf16", CPU) is None

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from toolkit.models.cpu_kernels import NARROWEST
 from toolkit.models.forward import unwrapped
+from toolkit.models.packed import PackedLinear
 from toolkit.training.gemm_choice import Gemm, remember_gemm, remembered_gemm
 
 logger = logging.getLogger(__name__)
@@ -58,11 +59,11 @@ def choose_packing(gemm: Gemm, precision: str, device: torch.device) -> torch.dt
         precision: What matrices are multiplied in.
         device: Where.
     """
-    if device.type != "cpu" or not _works():
+    by_onednn = precision == "bf16" or (precision != "fp16" and gemm == "onednn")
+    if device.type != "cpu" or not by_onednn or not _works():
         return None
-    if precision == "bf16":
-        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
-    return torch.float32 if precision != "fp16" and gemm == "onednn" else None
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return dtype if _packs(dtype) else None
 
 
 def measured_gain() -> float:
@@ -135,6 +136,23 @@ class _Linear(torch.autograd.Function):
 def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
     return product
+
+
+@functools.lru_cache
+def _packs(dtype: torch.dtype) -> bool:
+    """Return whether build and processor compute with packed weights what they should."""
+    # A run's random numbers are drawn as ever.
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        layer, hidden = nn.Linear(65, 66), torch.randn(3, 65)
+        expected = nn.functional.gelu(layer(hidden), approximate="tanh")
+        try:
+            if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                return False
+            found = PackedLinear(layer, dtype, gelu="tanh")(hidden)
+        except (AttributeError, NotImplementedError, RuntimeError) as error:
+            logger.info("oneDNN's packed weights cannot be used: %s", error)
+            return False
+    return torch.allclose(found.float(), expected, atol=1e-4 if dtype == torch.float32 else 5e-2)
 
 
 @functools.lru_cache(maxsize=1)
