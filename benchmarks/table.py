@@ -62,9 +62,9 @@ REASONS = """
   report, and steps that are bound by memory: one of 8 short texts takes 22 ms, in which, by arithmetic, 28 MB of
   weights are read twice, their gradients written and read three times, and AdamW moves 200 MB. `max_tokens_per_batch`
   takes fewer steps.
-- Whole commands ("end to end", and prediction of 10,000 messages) hold their imports and loading. Prediction in fp32 is at
-  MKL's speed; the tuned peer predicts in bf16. Its best batch size is found on 200 texts and varied from run to run (8 or
-  16, 211 or 184 s for GPT-2).
+- Whole commands ("end to end", and prediction of 10,000 messages) hold their imports and loading. Prediction in fp32 is
+  at MKL's speed; the tuned peer predicts in bf16. Its best batch size is found on 200 texts and varied from run to run
+  (8 or 16, 211 or 184 s for GPT-2).
 
 Not measured: anything on a GPU.
 """
