@@ -3,10 +3,11 @@
     python benchmarks/merging.py [--size xl] [--rounds 1] [--last-block]
 
 GPT-2 (small 124M, xl 1.5B) with random weights stored in bf16, and a LoRA adapter that the toolkit trained for two
-steps. Each merge runs in a process of its own, by turns, and writes bf16; the toolkit's time includes its checksums and
-the proof that the written model gives the live model's logits, which the peer does not attempt. Peak: resident set of
-the process. Writes results/merging_SIZE.json. With ``--last-block`` the last block of the same base is trained instead,
-two epochs of 70 messages, in batches of 8, and the process measured: results/last_block_SIZE.json.
+steps. Each merge runs in a process of its own, by turns, and writes bf16. "seconds" are those of the whole command:
+imports and, of the toolkit alone, checksums of base and output, a wait for the disk, and the proof that the written
+model gives the live model's logits. "weights_seconds" are those of what both do: read, change, write. Peak: resident
+set of the process. Writes results/merging_SIZE.json. With ``--last-block`` the last block of the same base is trained
+instead, two epochs of 70 messages, in batches of 8, and the process measured: results/last_block_SIZE.json.
 """
 
 from __future__ import annotations

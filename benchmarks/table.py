@@ -52,7 +52,7 @@ REASONS = """
   more, so that `training.gemm: onednn` has to ask for it. Weights stay as they are where gradients flow: packed both
   ways, they would lie in memory twice.
 - **oneDNN helps little in fp32.** Its products were 1.08 to 1.28 times as fast as MKL's on processors with AVX-512
-  (1.11 to 1.14 on this one), on one with AVX2 they took 1.16 times as long. `training.gemm: auto` takes it where it
+  (1.11 to 1.23 on this one), on one with AVX2 they took 1.16 times as long. `training.gemm: auto` takes it where it
   wins by a fifth: it keeps a kernel of 0.6 MiB for every size of batch, 105 MiB after 200 steps of LoRA on gpt2-mini.
   A bound on them was tried (ONEDNN_PRIMITIVE_CACHE_CAPACITY=64): 22 MiB less, and 15 % more time.
 - **The last block pays for one pass over the frozen blocks.** Five epochs of the peer are five such passes and the
@@ -91,10 +91,10 @@ MERGING = """
 "command" is the whole of it, imports included: the toolkit's holds checksums of base and output, a wait for the disk,
 and the proof that the file gives the live model's logits; the peer is `merge_and_unload` of peft, loaded and saved in
 bf16, which does none of these. "weights" is what both do: read, change, write. Aimed at were, for XL, 600 MiB, which
-holds, and a third of the peer's time. Untouched tensors go from file to file as they are, nine tenths of XL, so that
-most of the "weights" is the system's write of 3.1 GB (1 to 5 s on this virtual machine, by whether it had the pages
-before). Of a command of 22 s: imports 4, fingerprint of the base 2, proof 8 (both models in fp32 on 9 texts, at the
-processor's peak), weights 4 to 6, checksums 1.
+holds, and a third of the peer's time, which does not. Untouched tensors go from file to file as they are, three
+quarters of XL, so that most of the "weights" is the system's write of 3.1 GB (1 to 5 s on this virtual machine, by
+whether it had the pages before). Of a command of 22 s: imports 4, fingerprint of the base 2, proof 8 (both models in
+fp32 on 9 texts; products 5), weights 4 to 6, checksums 1.
 
 | base in bf16 | by | command, s | weights, s | peak of the process, MiB |
 |---|---|---|---|---|

@@ -76,6 +76,8 @@ def test_stock_transformers_gives_the_live_logits(
         assert float((found - live).abs().max()) <= 1e-5
     assert relative(found, live) <= 1e-4
     assert report.parity.relative <= report.parity.bound
+    assert 0 < min(report.phases.values()) < sum(report.phases.values()) < report.seconds
+    assert f"(weights {report.phases['weights']:.2f} s, proof {report.phases['proof']:.2f} s)" in str(report)
     assert report.adapted == 2 * (4 if family == "gpt2" else 6)
 
 

@@ -120,21 +120,26 @@ def test_int8_and_full_runs_load(pico_cache: PicoFolder, tmp_path: Path) -> None
         assert np.isfinite(scores(Classifier.load(run, device="cpu"), texts(3))).all()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
-@pytest.mark.parametrize(
-    ("options", "lowered"),
+# Whether a run's base is only multiplied: then its weights may lie in memory otherwise.
+in_every_form = pytest.mark.parametrize(
+    ("options", "multiplied"),
     [
         ({}, True),
+        ({"method": LoraMethod(name="lora", r=4, target_modules="all-linear")}, True),
         ({"method": FullMethod(name="full")}, True),
         ({"method": LoraMethod(name="lora", r=4, variant="dora", target_modules="all-linear")}, False),
         ({"method": Ia3Method(name="ia3")}, False),
         ({"quantization": NF4}, False),
     ],
-    ids=["lora", "full", "dora", "ia3", "4 bits"],
+    ids=["lora", "all layers", "full", "dora", "ia3", "4 bits"],
 )
+
+
+@in_every_form
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
 def test_bf16_rounds_weights_once_and_answers_as_autocast_does(
     options: dict[str, Any],
-    lowered: bool,
+    multiplied: bool,
     family: str,
     pico_cache: PicoFolder,
     tmp_path: Path,
@@ -146,7 +151,7 @@ def test_bf16_rounds_weights_once_and_answers_as_autocast_does(
     plain, low = (Classifier.load(run, device="cpu", precision=one) for one in ("fp32", "bf16"))
     assert (low.precision, plain.precision) == ("bf16", "fp32")
     halves = [weight for weight in low._model.parameters() if weight.dtype == torch.bfloat16]
-    assert bool(halves) == lowered
+    assert bool(halves) == multiplied
     exact = plain.logits(texts())
     plain.precision = "bf16"
     assert np.array_equal(low.logits(texts()), plain.logits(texts()))
@@ -154,21 +159,11 @@ def test_bf16_rounds_weights_once_and_answers_as_autocast_does(
 
 
 @needs_bf16
+@in_every_form
 @pytest.mark.parametrize("family", ["gpt2", "distilbert"])
-@pytest.mark.parametrize(
-    ("options", "packed"),
-    [
-        ({}, True),
-        ({"method": LoraMethod(name="lora", r=4, target_modules="all-linear")}, True),
-        ({"method": FullMethod(name="full")}, True),
-        ({"method": LoraMethod(name="lora", r=4, variant="dora", target_modules="all-linear")}, False),
-        ({"quantization": NF4}, False),
-    ],
-    ids=["lora", "all layers", "full", "dora", "4 bits"],
-)
 def test_packed_weights_give_the_bits_of_autocast_and_with_gelu_no_worse_ones(
     options: dict[str, Any],
-    packed: bool,
+    multiplied: bool,
     family: str,
     pico_cache: PicoFolder,
     tmp_path: Path,
@@ -179,7 +174,7 @@ def test_packed_weights_give_the_bits_of_autocast_and_with_gelu_no_worse_ones(
     with monkeypatch.context() as patch:
         patch.setattr("toolkit.models.packed.GELU", {})
         low = Classifier.load(run, device="cpu", precision="bf16")
-    assert any(isinstance(layer, PackedLinear) for layer in low._model.modules()) == packed
+    assert any(isinstance(layer, PackedLinear) for layer in low._model.modules()) == multiplied
     exact = plain.logits(texts())
     plain.precision = "bf16"
     twin = plain.logits(texts())

@@ -8,7 +8,7 @@ from ladder import LADDER, stands_on
 from measured import CONFIGS, DROPPING, measure
 
 from toolkit.config.schema import QuantizationSettings
-from toolkit.memory.batches import largest_micro_batches, training_counts
+from toolkit.memory.batches import largest_micro_batches, training_counts, training_row_counts
 from toolkit.memory.estimate import estimate, resident
 from toolkit.memory.microbatch import MicroBatch
 from toolkit.memory.shape import model_shape
@@ -275,3 +275,4 @@ def test_the_largest_micro_batch_is_the_plans(recipe, epochs, max_steps, max_tok
     assert max(batch.tokens for batch in found) == max(row.sum() for row in seen)
     assert max(batch.squares for batch in found) == max((row**2).sum() for row in seen)
     assert training_counts(lengths, training, labels=labels) == {stepped(int(row.sum())) for row in seen}
+    assert training_row_counts(lengths, training, labels=labels) == {len(row) for row in seen}

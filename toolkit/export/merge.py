@@ -74,7 +74,7 @@ class MergeReport:
         return (
             f"{self.output}: {self.tensors} tensors, {self.adapted} of them merged with an adapter, "
             f"{self.bytes / 1e6:.1f} MB of {self.dtype} in {self.seconds:.1f} s "
-            f"({', '.join(f'{phase} {seconds:.1f} s' for phase, seconds in self.phases.items())})\n"
+            f"({', '.join(f'{phase} {seconds:.2f} s' for phase, seconds in self.phases.items())})\n"
             f"{parity.compared} of {parity.texts} texts against the live model: {parity.max_abs:.2g} apart at most, "
             f"{parity.relative:.2g} of the largest (allowed: {parity.bound:.0e})"
             + (f"\n{self.note}" if self.note else "")

@@ -45,12 +45,12 @@ PROBES = (
     "http://example.com/?q=1&r=%20 #hashtag @someone 12:30 3.14159 v2.0-beta",
     "The quick brown fox jumps over the lazy dog. " * 40,
 )
-# Of GPT-2 XL, every token costs both models together 3 % of a second on two cores.
+# Of GPT-2 XL, each costs both models together 30 ms on two cores.
 PROBE_TOKENS = 16
 
 # Largest difference of a logit, as a share of the largest logit (at least 1). fp32 sums in another order; bf16 and
 # fp16 keep 8 and 11 bits of each weight. Up to so many blocks; of more, errors that know nothing of each other add up
-# as the root of their number (GPT-2 of 48 blocks with random weights, in bf16: 0.112).
+# as the root of their number (GPT-2 of 48 blocks with random weights, in bf16: 0.12).
 BOUNDS = {"fp32": 1e-5, "bf16": 1e-1, "fp16": 1e-2}
 BLOCKS = 12
 QUANTISED_BOUND = 1e-4

@@ -118,6 +118,9 @@ def estimate(
             held["weights"] -= on_disk(shape, blocks=0)
         if name == "frozen blocks" and streamed:
             held["weights"] += FULL * (shape.block_weights + shape.block_rest)
+        if name == "frozen blocks" and device == "cpu" and bits is None:
+            # oneDNN is given the block that runs packed.
+            held["weights"] += shape.block_weights * (2 if low_precision else FULL * (training.gemm == "onednn"))
         if name == "frozen blocks":
             # The states of a chunk are in memory, and no step has made the optimizer's state yet.
             held |= {"embeddings": FULL * chunk_tokens * shape.width, "optimizer": 0}
