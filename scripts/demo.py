@@ -7,8 +7,7 @@ import pathlib
 import shutil
 import sys
 
-from toolkit.export.merge import merge_adapter
-from toolkit.inference.predict import Classifier
+from toolkit.runtime import import_models
 
 MESSAGES = (
     "You are a winner you have been specially selected to receive $1000 cash or a $2000 award.",
@@ -17,6 +16,11 @@ MESSAGES = (
 
 
 def main(run: pathlib.Path) -> None:
+    # Nothing is quantised: peft does without bitsandbytes, and what that has to say.
+    import_models(adapters=True, quantised=False)
+    from toolkit.export.merge import merge_adapter
+    from toolkit.inference.predict import Classifier
+
     merged = run.with_name(f"{run.name}-merged")
     shutil.rmtree(merged, ignore_errors=True)
     merge_adapter(run, merged)
