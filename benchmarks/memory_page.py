@@ -154,7 +154,8 @@ def processors(record: dict[str, Any]) -> str:
 
 def case_row(name: str, case: dict[str, Any], errors: dict[str, list[float]]) -> str:
     facts, ours, predicted = case["case"], case["toolkit"], case["predicted"]
-    cells = [name, f"{facts['batch']} x {facts['longest']}"]
+    batch = f"{facts['max_tokens']:,} tokens" if facts["max_tokens"] else f"{facts['batch']} x {facts['longest']}"
+    cells = [name, batch]
     for kind, key in (("allocated", "allocated_bytes"), ("resident", "peak_bytes")):
         error = predicted[key] / ours[kind] - 1
         errors[kind].append(error)

@@ -3,8 +3,9 @@
     python benchmarks/memory_plan.py [CASE ...]
 
 Full-size GPT-2 124M and DistilBERT 66M with random weights and their own dropout, texts of drawn lengths of which the
-longest has ``longest`` tokens. Each case trains two optimizer steps on one and the same batch, so that the second one,
-which finds Adam's state, is the largest of the run. Every figure comes from a process of its own:
+longest has ``longest`` tokens. Most cases train two optimizer steps on one and the same batch, so that the second one,
+which finds Adam's state, is the largest of the run; the last ones train two epochs of many batches, as users do. Every
+figure comes from a process of its own:
 
 - predicted: ``toolkit plan --json --device cpu``, with the seconds of a core that the command took;
 - allocated: the events of torch's CPU allocator, counted again from the tensors alive when training begins;
@@ -19,6 +20,7 @@ while they wait, so that the figures come as fast beside other work; that change
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -36,48 +38,92 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULT = "memory_plan"
-LORA = "{name: lora}"
-# family, method, bits, batch size, longest text, checkpointing, whether the peer runs too
-CASES: dict[str, tuple[str, str, int | None, int, int, bool, bool]] = {
-    "gpt2 full": ("gpt2", "{name: full}", None, 4, 128, False, True),
-    "gpt2 full, checkpointing": ("gpt2", "{name: full}", None, 8, 64, True, False),
-    "gpt2 full, checkpointing, in backward": ("gpt2", "{name: full}", None, 8, 64, True, False),
-    "gpt2 head": ("gpt2", "{name: head}", None, 64, 64, False, False),
-    "gpt2 head, long": ("gpt2", "{name: head}", None, 8, 512, False, False),
-    "gpt2 last block": ("gpt2", "{name: last_n, n: 1}", None, 32, 128, False, True),
-    "gpt2 last two blocks": ("gpt2", "{name: last_n, n: 2}", None, 8, 256, False, False),
-    "gpt2 lora": ("gpt2", LORA, None, 8, 128, False, True),
-    "gpt2 lora, wide": ("gpt2", LORA, None, 64, 64, False, True),
-    "gpt2 lora, long": ("gpt2", LORA, None, 4, 512, False, True),
-    "gpt2 lora, checkpointing": ("gpt2", LORA, None, 16, 256, True, True),
-    "gpt2 lora, all layers": ("gpt2", "{name: lora, target_modules: all-linear}", None, 8, 128, False, False),
-    "gpt2 lora, last four": ("gpt2", "{name: lora, layers: last_4}", None, 16, 128, False, False),
-    "gpt2 lora, 8 bits": ("gpt2", LORA, 8, 8, 128, False, True),
-    "gpt2 lora, 8 bits, checkpointing": ("gpt2", LORA, 8, 4, 256, True, False),
-    "gpt2 lora, 4 bits": ("gpt2", LORA, 4, 8, 128, False, True),
-    "gpt2 lora, 4 bits, checkpointing": ("gpt2", LORA, 4, 16, 64, True, False),
-    "gpt2 lora, 4 bits, bf16": ("gpt2", LORA, 4, 8, 128, False, False),
-    "gpt2 lora, bf16": ("gpt2", LORA, None, 8, 128, False, True),
-    "gpt2 bias, bf16": ("gpt2", "{name: bias}", None, 16, 128, True, False),
-    "distilbert full": ("distilbert", "{name: full}", None, 16, 64, False, True),
-    "distilbert full, checkpointing": ("distilbert", "{name: full}", None, 8, 256, True, False),
-    "distilbert full, long": ("distilbert", "{name: full}", None, 4, 512, False, False),
-    "distilbert last block": ("distilbert", "{name: last_n, n: 1}", None, 64, 128, False, False),
-    "distilbert lora": ("distilbert", LORA, None, 16, 128, False, True),
-    "distilbert lora, checkpointing": ("distilbert", LORA, None, 8, 512, True, False),
-    "distilbert lora, 8 bits": ("distilbert", LORA, 8, 16, 128, False, False),
-    "distilbert lora, 4 bits": ("distilbert", LORA, 4, 32, 64, False, False),
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A recipe and its rows.
+
+    Attributes:
+        family: ``gpt2`` or ``distilbert``.
+        method: As a recipe has it, in YAML.
+        batch: Rows of a batch.
+        longest: Tokens of the longest text.
+        bits: Of frozen weights; None: not quantised.
+        checkpointing: Whether blocks are recomputed.
+        precision: ``fp32`` or ``bf16``.
+        gemm: Who multiplies in fp32: ``default``, which is MKL here, or ``onednn``. bf16 has oneDNN alone.
+        in_backward: Whether weights are updated as soon as their gradients are there.
+        batches: Batches of an epoch. With one, both steps see the same rows, and what depends on the number of
+            batches does not count: oneDNN's kernels and holes between tensors of many sizes.
+        max_tokens: Tokens of a batch, in place of ``batch``.
+        peer: Whether the peer runs too.
+    """
+
+    family: str
+    method: str
+    batch: int
+    longest: int
+    bits: int | None = None
+    checkpointing: bool = False
+    precision: str = "fp32"
+    gemm: str = "default"
+    in_backward: bool = False
+    batches: int = 1
+    max_tokens: int | None = None
+    peer: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows of an epoch."""
+        return self.batch * self.batches
+
+
+FULL, HEAD, LAST, LORA = "{name: full}", "{name: head}", "{name: last_n, n: 1}", "{name: lora}"
+CASES = {
+    "gpt2 full": Case("gpt2", FULL, 4, 128, peer=True),
+    "gpt2 full, checkpointing": Case("gpt2", FULL, 8, 64, checkpointing=True),
+    "gpt2 full, checkpointing, in backward": Case("gpt2", FULL, 8, 64, checkpointing=True, in_backward=True),
+    "gpt2 head": Case("gpt2", HEAD, 64, 64),
+    "gpt2 head, long": Case("gpt2", HEAD, 8, 512),
+    "gpt2 last block": Case("gpt2", LAST, 32, 128, peer=True),
+    "gpt2 last two blocks": Case("gpt2", "{name: last_n, n: 2}", 8, 256),
+    "gpt2 lora": Case("gpt2", LORA, 8, 128, peer=True),
+    "gpt2 lora, wide": Case("gpt2", LORA, 64, 64, peer=True),
+    "gpt2 lora, long": Case("gpt2", LORA, 4, 512, peer=True),
+    "gpt2 lora, checkpointing": Case("gpt2", LORA, 16, 256, checkpointing=True, peer=True),
+    "gpt2 lora, all layers": Case("gpt2", "{name: lora, target_modules: all-linear}", 8, 128),
+    "gpt2 lora, last four": Case("gpt2", "{name: lora, layers: last_4}", 16, 128),
+    "gpt2 lora, 8 bits": Case("gpt2", LORA, 8, 128, bits=8, peer=True),
+    "gpt2 lora, 8 bits, checkpointing": Case("gpt2", LORA, 4, 256, bits=8, checkpointing=True),
+    "gpt2 lora, 4 bits": Case("gpt2", LORA, 8, 128, bits=4, peer=True),
+    "gpt2 lora, 4 bits, checkpointing": Case("gpt2", LORA, 16, 64, bits=4, checkpointing=True),
+    "gpt2 lora, 4 bits, bf16": Case("gpt2", LORA, 8, 128, bits=4, precision="bf16"),
+    "gpt2 lora, bf16": Case("gpt2", LORA, 8, 128, precision="bf16", peer=True),
+    "gpt2 bias, bf16": Case("gpt2", "{name: bias}", 16, 128, checkpointing=True, precision="bf16"),
+    "distilbert full": Case("distilbert", FULL, 16, 64, peer=True),
+    "distilbert full, checkpointing": Case("distilbert", FULL, 8, 256, checkpointing=True),
+    "distilbert full, long": Case("distilbert", FULL, 4, 512),
+    "distilbert last block": Case("distilbert", LAST, 64, 128),
+    "distilbert lora": Case("distilbert", LORA, 16, 128, peer=True),
+    "distilbert lora, checkpointing": Case("distilbert", LORA, 8, 512, checkpointing=True),
+    "distilbert lora, 8 bits": Case("distilbert", LORA, 16, 128, bits=8),
+    "distilbert lora, 4 bits": Case("distilbert", LORA, 32, 64, bits=4),
+    "gpt2 lora, 40 batches": Case("gpt2", LORA, 8, 64, batches=40),
+    "gpt2 lora, 40 batches, oneDNN": Case("gpt2", LORA, 8, 64, batches=40, gemm="onednn"),
+    "gpt2 lora, 40 batches, bf16": Case("gpt2", LORA, 8, 64, batches=40, precision="bf16"),
+    "gpt2 last block, 40 batches": Case("gpt2", LAST, 8, 64, batches=40),
+    "gpt2 last block, by tokens": Case("gpt2", LAST, 40, 64, batches=40, max_tokens=1024),
+    "gpt2 last block, by tokens, oneDNN": Case("gpt2", LAST, 40, 64, batches=40, max_tokens=1024, gemm="onednn"),
+    "gpt2 last block, by tokens, bf16": Case("gpt2", LAST, 40, 64, batches=40, max_tokens=1024, precision="bf16"),
+    "distilbert full, 40 batches": Case("distilbert", FULL, 16, 64, batches=40),
 }
-# Cases under autocast; all others are in fp32.
-BF16 = ("gpt2 lora, bf16", "gpt2 lora, 4 bits, bf16", "gpt2 bias, bf16")
-# Cases whose weights are updated as soon as their gradients are there.
-IN_BACKWARD = ("gpt2 full, checkpointing, in backward",)
 RECIPE = """
 model: {{base: '{base}', max_length: {longest}}}
 data: {{train: '{folder}/train.npy', validation: '{folder}/held.npy', test: '{folder}/held.npy', duplicates: allow}}
 method: {method}
 quantization: {quantization}
-training: {{epochs: 2, batch_size: {batch}, gradient_checkpointing: {checkpointing}, precision: {precision},
+training: {{epochs: 2, {size}, gradient_checkpointing: {checkpointing}, precision: {precision}, gemm: {gemm},
            {updates}}}
 evaluation: {{every: end}}
 output: {{dir: '{folder}/run', save_every: end, keep: 1, overwrite: true}}
@@ -220,7 +266,7 @@ def measure_peer(folder: pathlib.Path, kind: str) -> dict[str, int]:
     torch.set_num_threads(os.cpu_count() or 1)
     peers.peer_train(
         model, texts, labels, folder=folder / "peer", batch_size=case["batch"], grouped=False, epochs=2,
-        callbacks=[Watch()], gradient_checkpointing=checkpointing, bf16=case["bf16"],
+        callbacks=[Watch()], gradient_checkpointing=checkpointing, bf16=case["precision"] == "bf16",
     )  # fmt: skip
     return found
 
@@ -229,21 +275,20 @@ def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
     """Write rows, recipe and description of a case, and its base where it is missing; return its folder."""
     import peers
 
-    family, method, bits, batch, longest, checkpointing, _ = CASES[name]
-    base, folder = root / family, root / "case"
+    case = CASES[name]
+    base, folder = root / case.family, root / "case"
     if not base.exists():
-        peers.save_base(base, family, **DROPOUT[family])
+        peers.save_base(base, case.family, **DROPOUT[case.family])
     folder.mkdir(exist_ok=True)
-    peers.save_array(folder / "train.npy", *draw_texts(batch, longest, 1))
-    peers.save_array(folder / "held.npy", *draw_texts(2, longest, 2))
-    facts = {"family": family, "method": method, "bits": bits, "batch": batch, "longest": longest,
-             "checkpointing": checkpointing, "bf16": name in BF16}  # fmt: skip
-    (folder / "case.json").write_text(json.dumps({**facts, "base": str(base)}))
-    quantization = "null" if bits is None else f"{{bits: {bits}}}"
+    peers.save_array(folder / "train.npy", *draw_texts(case.rows, case.longest, 1))
+    peers.save_array(folder / "held.npy", *draw_texts(2, case.longest, 2))
+    (folder / "case.json").write_text(json.dumps({**dataclasses.asdict(case), "base": str(base)}))
     text = RECIPE.format(
-        base=base, folder=folder, method=method, quantization=quantization, batch=batch, longest=longest,
-        checkpointing=str(checkpointing).lower(), precision="bf16" if name in BF16 else "fp32",
-        updates="optimizer_in_backward: true, max_grad_norm: null" if name in IN_BACKWARD else "max_grad_norm: 1.0",
+        base=base, folder=folder, method=case.method, longest=case.longest, precision=case.precision, gemm=case.gemm,
+        quantization="null" if case.bits is None else f"{{bits: {case.bits}}}",
+        size=f"max_tokens_per_batch: {case.max_tokens}" if case.max_tokens else f"batch_size: {case.batch}",
+        checkpointing=str(case.checkpointing).lower(),
+        updates="optimizer_in_backward: true, max_grad_norm: null" if case.in_backward else "max_grad_norm: 1.0",
     )  # fmt: skip
     (folder / "recipe.yaml").write_text(text)
     return folder
@@ -278,26 +323,20 @@ def compare(name: str, root: pathlib.Path, sides: list[str]) -> dict[str, Any]:
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     record: dict[str, Any] = {"case": json.loads((folder / "case.json").read_text())}
     del record["case"]["base"]
-    record["tokens"] = sum(map(len, draw_texts(CASES[name][3], CASES[name][4], 1)[0]))
+    record["tokens"] = sum(map(len, draw_texts(CASES[name].rows, CASES[name].longest, 1)[0]))
     record["plan_core_seconds"] = round(seconds, 2)
     record["predicted"] = {key: planned[key] for key in ("allocated_bytes", "peak_bytes", "breakdown", "moment")}
-    for who in sides if CASES[name][6] else [side for side in sides if side == "toolkit"]:
+    for who in sides if CASES[name].peer else [side for side in sides if side == "toolkit"]:
         record[who] = {**measure(who, "allocated"), **measure(who, "resident"), "cpu": cpu}
     return record
 
 
 def main(names: list[str], sides: list[str]) -> None:
     import peers
-    import torch
-
-    from toolkit.training.gemm import choose_gemm
 
     path = peers.RESULTS / f"{RESULT}.json"
     cases = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        # A machine's first run measures which library multiplies; a plan of the first case is to know it, too.
-        os.environ["TOOLKIT_CACHE"] = str(pathlib.Path(folder) / "cache")
-        choose_gemm("auto", torch.device("cpu"))
         for name in names:
             started = time.perf_counter()
             record = cases[name] = {**cases.get(name, {}), **compare(name, pathlib.Path(folder), sides)}
