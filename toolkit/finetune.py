@@ -150,6 +150,7 @@ def describe_inputs(data: LoadedData, base: Base) -> list[str]:
 
 def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, listener: Listener) -> RunRecord:
     from toolkit import runtime
+    from toolkit.resident import map_tensors
 
     runtime.import_models(adapters=leaves_adapter(recipe.method), quantised=recipe.quantization is not None)
     from toolkit.adapters.apply import parameter_report
@@ -169,6 +170,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     # The machine.
     settings = recipe.training
     device = runtime.choose_device()
+    compact = map_tensors(settings.compacts(quantised=recipe.quantization is not None) and device.type == "cpu")
     precision = runtime.choose_precision(settings.precision, device)
     gemm = choose_gemm(settings.gemm, device)
     accelerator = runtime.build_accelerator(
@@ -187,7 +189,10 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     plan = build_plan(settings, lengths=lengths, processes=accelerator.num_processes, labels=data.train.labels)
     for line in describe_training(parameters, plan, lengths.mean(), task.truncated):
         listener.say(line)
-    listener.say(f"machine: {device}, {precision}, {accelerator.num_processes} process(es), matrix products: {gemm}")
+    listener.say(
+        f"machine: {device}, {precision}, {accelerator.num_processes} process(es), matrix products: {gemm}, "
+        f"allocator: {'compact' if compact else 'fast'}"
+    )
     if settings.activation_offload and not settings.offloads(device.type):
         listener.say(f"warning: {no_offload(device.type)}")
 

@@ -9,22 +9,52 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import pathlib
 import platform
 import re
 import sys
 from collections.abc import Iterator
 
+# mallopt(3): sizes from which on memory is mapped for itself, and from which on what is free at the heap's end goes.
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+# Where glibc itself ends up after large tensors were freed.
+LARGEST = 32 << 20
 SMAPS = pathlib.Path("/proc/self/smaps")
 # Code is mapped privately and is not written to; what lies in no file, or a loader has yet to change, is left alone.
 CODE = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) r-xp \S+ \S+ [1-9]\d*\s+/")
 HEADER = re.compile(r"^[0-9a-f]+-[0-9a-f]+ ")
+
+_compact = False
 
 
 def give_back() -> None:
     """Return freed memory and code that has run."""
     return_freed_memory()
     return_code_pages()
+
+
+def map_tensors(compact: bool) -> bool:
+    """Choose how glibc hands out tensors, and return whether they are compact from now on.
+
+    Compact: a tensor of 1 MiB and more lies in pages of its own, which go back to the system when it ends. Else it lies
+    in the heap, which keeps what is free between tensors that are still needed; new pages are zeroed by the system, and
+    these need not be. A threshold in GLIBC_TUNABLES, the user's own, is left alone.
+    """
+    global _compact
+    if platform.libc_ver()[0] != "glibc" or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    if compact != _compact:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MMAP_THRESHOLD, 1 << 20 if compact else LARGEST)
+        libc.mallopt(TRIM_THRESHOLD, 8 * LARGEST if compact else 2 * LARGEST)
+        _compact = compact
+    return compact
+
+
+def describe_allocator() -> str:
+    """Return how memory is handed out on a CPU, for the record of a run."""
+    return ("compact, " if _compact else "fast, ") + os.environ.get("GLIBC_TUNABLES", "as the system sets it")
 
 
 def return_freed_memory() -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from toolkit.errors import CapabilityError, OutOfMemoryError, Problem
 from toolkit.lean import is_kept_out, uncompiled, undistributed
+from toolkit.resident import describe_allocator
 
 if TYPE_CHECKING:
     import torch
@@ -293,7 +294,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     facts["cpu"] = cpu_name()
     facts["threads"] = torch.get_num_threads()
-    facts["allocator"] = os.environ.get("GLIBC_TUNABLES", "as the system sets it")
+    facts["allocator"] = describe_allocator()
     return facts
 
 

@@ -72,9 +72,8 @@ def training_counts(lengths: Lengths, training: TrainingSettings, *, labels: NDA
 def training_row_counts(
     lengths: Lengths, training: TrainingSettings, *, labels: NDArray[Any] | None = None
 ) -> set[int]:
-    """Return the row counts of a run's micro-batches: what products of pooled rows alone are made for."""
-    sizes = [np.diff(np.append(starts, len(order))) for order, starts in _epochs(lengths, training, labels)]
-    return {int(size) for epoch in sizes for size in np.unique(epoch)}
+    """Return the same of row counts: what products of pooled tokens alone are made for."""
+    return _stepped([np.diff(np.append(starts, len(order))) for order, starts in _epochs(lengths, training, labels)])
 
 
 def evaluation_counts(lengths: Lengths, *, batch_size: int) -> set[int]:

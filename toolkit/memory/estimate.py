@@ -142,12 +142,13 @@ def estimate(
         if learns:
             tape.backward(loss)
         moment = f"{name}, {tape.peak_moment}"
-        # A classifier's last block mostly runs for one token a row, and frozen blocks without a backward pass.
-        single = shape.objective == "classification" and shape.family.pools_one
-        learning = max(0, shape.layers - shape.frozen - single)
         # An update in the backward pass gives back what the one before has left free.
         tight = device == "cuda" or (learns and training.optimizer_in_backward)
-        free = 0 if tight else holes(widest=tape.widest, blocks=learning if learns else None)
+        # A classifier's last block mostly runs for one token a row.
+        single = shape.objective == "classification" and shape.family.pools_one
+        learning = max(1, shape.layers - shape.frozen - single) if learns else None
+        compact = training.compacts(quantised=bits is not None)
+        free = 0 if tight else holes(widest=tape.widest, blocks=learning, compact=compact)
         parts = _breakdown(tape, framework=framework, allocator=free)
         found.append(Estimate(parts, moment, batch.tokens, batch.rows))
     return max(found, key=lambda one: one.allocated_bytes)

@@ -42,38 +42,52 @@ def framework_bytes(recipe: Recipe, *, device: str, found: int | None = None) ->
 
 
 def onednn_bytes(
-    shape: ModelShape, *, trained: Collection[int], evaluated: Collection[int], low_precision: bool
+    shape: ModelShape,
+    *,
+    trained: Collection[int],
+    evaluated: Collection[int],
+    rows: Collection[int],
+    low_precision: bool,
 ) -> int:
     """Return the bytes of oneDNN's kernels, where it multiplies in blocks with a backward pass.
 
     Args:
         shape: The model.
-        trained: Rows of the products in its training steps, each count once.
-        evaluated: The same of its evaluations.
+        trained: Token counts of the products in its training steps; none where only the last block runs in them, for
+            one token a row.
+        evaluated: Token counts of its evaluations.
+        rows: Row counts of training steps and evaluations, where the last block answers for one token a row.
         low_precision: Under autocast it multiplies in adapters, too.
     """
     products = {(linear.fan_in, linear.fan_out) for linear in shape.linears}
+    # Keys and values, which every token has, come first.
+    pooled = {(linear.fan_in, linear.fan_out) for linear in shape.linears[1:]}
     halves = {
         half
         for linear in shape.linears
         if linear.rank and low_precision
         for half in ((linear.fan_in, linear.rank), (linear.rank, linear.fan_out))
     }
-    forward = len(products) + len(halves)
+    updates = shape.first_trained < shape.layers
+    forward = len(products) + len(halves) if trained else 1
     # The gradients of inputs, and of the weights that train.
-    backward = forward + len(halves) + (len(products) if shape.first_trained < shape.layers else 0)
-    kernels = min(forward * len({*trained, *evaluated}) + backward * len(trained), MOST_KERNELS)
+    backward = forward + len(halves) + (len(products) if updates else 0)
+    kernels = forward * len({*trained, *evaluated}) + backward * len(trained)
+    kernels += len(pooled) * (3 if updates else 2) * len(rows)
     each = KERNEL_LOW if low_precision else KERNEL
-    return each * kernels + COPIES * FULL * max(linear.weight for linear in shape.linears)
+    return each * min(kernels, MOST_KERNELS) + COPIES * FULL * max(linear.weight for linear in shape.linears)
 
 
-def holes(*, widest: int, blocks: int | None) -> int:
+def holes(*, widest: int, blocks: int | None, compact: bool = False) -> int:
     """Return the bytes that are free in glibc's hands at the peak.
 
     CUDA's allocator reserves more than it hands out as well; that was not measured.
 
     Args:
         widest: Bytes of the largest tensor that comes and goes.
-        blocks: Blocks that run on all tokens and have a backward pass; None for a pass without gradients.
+        blocks: Blocks that have a backward pass; None for a pass without gradients.
+        compact: Whether tensors go back to the system when they end (``resident.map_tensors``).
     """
+    if compact:
+        return widest
     return widest * (HOLES_WITHOUT_GRADIENT if blocks is None else min(HOLES_A_BLOCK * blocks, MOST_HOLES))

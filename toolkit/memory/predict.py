@@ -64,14 +64,17 @@ def predict(recipe: Recipe, inputs: Inputs, *, device: str, found: int | None = 
     # In float32 quantised layers multiply in their own way.
     fast = low or (gemm == "onednn" and recipe.quantization is None)
     if device == "cpu" and fast and shape.frozen < shape.layers:
-        if prefix and shape.frozen == shape.layers - 1 and shape.family.pools_one:
-            # The one block that runs in steps multiplies pooled rows alone.
-            trained = training_row_counts(train, recipe.training, labels=inputs.train_labels)
-            evaluated = {EVALUATION_BATCH}
-        else:
-            trained = training_counts(train, recipe.training, labels=inputs.train_labels)
-            evaluated = evaluation_counts(validation, batch_size=EVALUATION_BATCH)
-        framework += onednn_bytes(shape, trained=trained, evaluated=evaluated, low_precision=low)
+        pools = shape.objective == "classification" and shape.family.pools_one
+        # With kept states of all blocks but the last one, that one alone runs in steps.
+        alone = bool(prefix) and pools and shape.frozen == shape.layers - 1
+        labels = inputs.train_labels
+        framework += onednn_bytes(
+            shape,
+            trained=set() if alone else training_counts(train, recipe.training, labels=labels),
+            evaluated=evaluation_counts(validation, batch_size=EVALUATION_BATCH),
+            rows=training_row_counts(train, recipe.training, labels=labels) if pools else set(),
+            low_precision=low,
+        )
     return estimate(
         shape,
         batches=largest_micro_batches(

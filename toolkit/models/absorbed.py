@@ -15,7 +15,7 @@ import torch.nn.functional as functional
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from toolkit.models.packing import Packing, padded_places, real_positions
+from toolkit.models.packing import Packing, fill_pooled, padded_places, real_positions
 
 Tensor = torch.Tensor
 
@@ -47,10 +47,10 @@ def attend_absorbed(
     dropout: float,
     scale: float,
 ) -> Tensor:
-    """Return softmax attention (B, width) of one query a row over all tokens of its row.
+    """Return softmax attention of one query a row over all tokens of its row, shaped like ``query``.
 
     Args:
-        query: (B, width).
+        query: (B, width), with filler (``packing.pooled_tokens``).
         tokens: (N, width), hidden states; no gradient flows to them.
         weights: Projections (in, out) of keys and of values.
         biases: Their biases (out,).
@@ -63,7 +63,9 @@ def attend_absorbed(
     width = tokens.shape[-1]
     to_keys, to_values = (weight.view(width, heads, -1) for weight in weights)
     key_bias, value_bias = (bias.view(heads, -1) for bias in biases)
-    query = query.view(len(query), heads, -1)
+    if query.device.type == "cpu":
+        query, tokens = query.float(), tokens.float()
+    query = query[: len(packing.pooled)].view(-1, heads, width // heads)
     tokens = tokens[: len(tokens) - packing.filler]
     if norm is not None:
         tokens = functional.layer_norm(tokens, (width,), eps=norm.eps)
@@ -72,18 +74,21 @@ def attend_absorbed(
     states.index_copy_(0, padded_places(packing), tokens)
     states = states.view(len(query), packing.longest, width).to(query.dtype)
     del tokens
-    folded = torch.einsum("bhd,whd->bhw", query, to_keys)
-    # The same for every token of a row: softmax takes it out, and its gradient is the rounding error it is elsewhere.
-    constant = torch.einsum("bhd,hd->bh", query, key_bias)
-    if norm is not None:
-        constant = constant + folded @ norm.bias
-        folded = folded * norm.weight
-    scores = scale * (folded @ states.transpose(1, 2) + constant[..., None])
-    scores = scores.masked_fill(~real_positions(packing)[:, None], float("-inf"))
-    # Dropped weights no longer add up to 1, so shifts count by what is left.
-    kept = functional.dropout(scores.softmax(-1), dropout)
-    total = kept.sum(-1, keepdim=True)
-    context = kept @ states
-    if norm is not None:
-        context = context * norm.weight + total * norm.bias
-    return (torch.einsum("bhw,whd->bhd", context, to_values) + total * value_bias).flatten(1)
+    # Autocast would compile kernels for the sizes of every batch (``models.cpu_kernels``), for products that are few.
+    with torch.autocast("cpu", enabled=False):
+        folded = torch.einsum("bhd,whd->bhw", query, to_keys)
+        # The same for every token of a row: softmax takes it out, and its gradient is rounding error as elsewhere.
+        constant = torch.einsum("bhd,hd->bh", query, key_bias)
+        if norm is not None:
+            constant = constant + folded @ norm.bias
+            folded = folded * norm.weight
+        scores = scale * (folded @ states.transpose(1, 2) + constant[..., None])
+        scores = scores.masked_fill(~real_positions(packing)[:, None], float("-inf"))
+        # Dropped weights no longer add up to 1, so shifts count by what is left.
+        kept = functional.dropout(scores.softmax(-1), dropout)
+        total = kept.sum(-1, keepdim=True)
+        context = kept @ states
+        if norm is not None:
+            context = context * norm.weight + total * norm.bias
+        attended = torch.einsum("bhw,whd->bhd", context, to_values) + total * value_bias
+    return fill_pooled(attended.flatten(1), packing)

@@ -26,7 +26,7 @@ from toolkit.families import Family, family_of
 from toolkit.models.absorbed import attend_absorbed, only_trained
 from toolkit.models.classification_head import pool_packed
 from toolkit.models.packed import packed_block
-from toolkit.models.packing import Packing, attend, lay_out, pack
+from toolkit.models.packing import Packing, attend, lay_out, pack, pooled_tokens
 
 Tensor = torch.Tensor
 
@@ -211,14 +211,14 @@ def _block_gpt2(block: Any, hidden: Tensor, *, packing: Packing, last: bool) -> 
     if last and only_trained(hidden, attention.c_attn):
         # Nothing below trains: keys and values of the other tokens need not exist.
         weights, biases = attention.c_attn.weight.chunk(3, dim=1), attention.c_attn.bias.chunk(3)
-        tokens, hidden = hidden, hidden.index_select(0, packing.pooled)
+        tokens, hidden = hidden, pooled_tokens(hidden, packing)
         query = torch.addmm(biases[0], block.ln_1(hidden), weights[0])
         context = attend_absorbed(query, tokens, weights[1:], biases[1:], norm=block.ln_1, **options)
     else:
         query, key, value = attention.c_attn(block.ln_1(hidden)).split(attention.split_size, dim=-1)
         if last:
-            query, hidden = query.index_select(0, packing.pooled), hidden.index_select(0, packing.pooled)
-        context = attend(query, key, value, causal=not last, **options)
+            query, hidden = pooled_tokens(query, packing), pooled_tokens(hidden, packing)
+        context = attend(query, key, value, single=last, causal=not last, **options)
     hidden = hidden + attention.resid_dropout(attention.c_proj(context))
     mlp = block.mlp
     output: Tensor = hidden + mlp.dropout(mlp.c_proj(_activate(mlp.act, mlp.c_fc(block.ln_2(hidden)))))
@@ -246,13 +246,13 @@ def _block_distilbert(block: Any, hidden: Tensor, *, packing: Packing, last: boo
     if last and only_trained(hidden, attention.k_lin, attention.v_lin):
         weights = attention.k_lin.weight.T, attention.v_lin.weight.T
         biases = attention.k_lin.bias, attention.v_lin.bias
-        tokens, hidden = hidden, hidden.index_select(0, packing.pooled)
+        tokens, hidden = hidden, pooled_tokens(hidden, packing)
         context = attend_absorbed(attention.q_lin(hidden), tokens, weights, biases, norm=None, **options)
     else:
         key, value = attention.k_lin(hidden), attention.v_lin(hidden)
         if last:
-            hidden = hidden.index_select(0, packing.pooled)
-        context = attend(attention.q_lin(hidden), key, value, causal=False, **options)
+            hidden = pooled_tokens(hidden, packing)
+        context = attend(attention.q_lin(hidden), key, value, single=last, causal=False, **options)
     hidden = block.sa_layer_norm(attention.out_lin(context) + hidden)
     # Not block.ffn: its chunking cuts the second dimension, which here is the width.
     output: Tensor = block.output_layer_norm(block.ffn.ff_chunk(hidden) + hidden)

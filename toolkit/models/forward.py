@@ -102,7 +102,9 @@ class _FlatClassifier:
     def head_logits(self: Any, pooled: torch.Tensor) -> torch.Tensor:
         """Return the logits (B, labels) of pooled states (B, width)."""
         head = getattr(self, OWN_HEAD, self.stock_logits)
-        logits: torch.Tensor = head(pooled)
+        # Autocast would compile kernels for every row count (`models.cpu_kernels`), for products that are few.
+        with torch.autocast("cpu", enabled=False):
+            logits: torch.Tensor = head(pooled)
         return logits
 
 

@@ -33,6 +33,7 @@ class Packing:
         pooled: (B,) int64, index into N of the token each row is classified by.
         row_of: (B,) int64, place of each row of the batch in the order of length.
         filler: Tokens at the end that belong to no row; nothing reads what becomes of them.
+        pooled_filler: The same of the pooled tokens.
     """
 
     positions: Tensor
@@ -41,6 +42,7 @@ class Packing:
     pooled: Tensor
     row_of: Tensor
     filler: int = 0
+    pooled_filler: int = 0
 
     @property
     def longest(self) -> int:
@@ -57,7 +59,7 @@ def pack(
         input_ids: (B, T) int64, padded anywhere.
         attention_mask: (B, T), 1 for real tokens; None means that all are real.
         pooling: Which token is classified: ``last`` or ``first`` of the real ones.
-        in_steps: Whether filler makes N one of few counts (``models.cpu_kernels``).
+        in_steps: Whether filler makes N and B of few counts (``models.cpu_kernels``).
     """
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
     # A row without tokens is classified by its first padding, as in the padded forward.
@@ -72,7 +74,7 @@ def lay_out(lengths: Tensor, *, pooling: str, in_steps: bool = False) -> tuple[P
     Args:
         lengths: Tokens of each row, at least 1.
         pooling: Which token is classified: ``last`` or ``first``.
-        in_steps: Whether filler makes N one of few counts.
+        in_steps: Whether filler makes N and B of few counts.
     """
     lengths, order = torch.sort(lengths, stable=True)
     bounds = functional.pad(lengths.cumsum(0), (1, 0))
@@ -87,8 +89,19 @@ def lay_out(lengths: Tensor, *, pooling: str, in_steps: bool = False) -> tuple[P
         pooled=bounds[1:] - 1 if pooling == "last" else bounds[:-1],
         row_of=torch.argsort(order),
         filler=filler,
+        pooled_filler=stepped(len(sizes)) - len(sizes) if in_steps else 0,
     )
     return packing, order
+
+
+def pooled_tokens(part: Tensor, packing: Packing) -> Tensor:
+    """Return of ``part`` (N, width) the tokens that rows are classified by, (B, width), with their filler."""
+    return fill_pooled(part.index_select(0, packing.pooled), packing)
+
+
+def fill_pooled(part: Tensor, packing: Packing) -> Tensor:
+    """Return ``part`` (B, width) with zeros as filler behind."""
+    return functional.pad(part, (0, 0, 0, packing.pooled_filler)) if packing.pooled_filler else part
 
 
 def attend(
@@ -98,6 +111,7 @@ def attend(
     *,
     packing: Packing,
     heads: int,
+    single: bool,
     causal: bool,
     dropout: float,
     scale: float,
@@ -105,11 +119,12 @@ def attend(
     """Return softmax attention within each row.
 
     Args:
-        query: (N, width), or (B, width): one query a row, that sees the whole row.
+        query: (N, width), or one query a row, that sees the whole row: (B, width) of ``pooled_tokens``.
         key: (N, width).
         value: (N, width).
         packing: Where the rows lie.
         heads: Number of heads; width is a multiple of it.
+        single: Whether there is one query a row.
         causal: Whether a token sees only itself and those before it; for one query a row: False.
         dropout: Probability of dropping an attention weight.
         scale: Factor on the products of queries and keys.
@@ -117,13 +132,16 @@ def attend(
     Returns:
         Shaped like ``query``.
     """
+    if single:
+        query = query[: len(packing.pooled)]
     parts = [part.view(len(part), heads, -1) for part in (query, key, value)]
     kernel: Callable[..., Tensor] = attend_by_run
     if key.is_cuda:
         kernel = _attend_varlen if dropout == 0.0 and _has_varlen(key) else attend_padded
     elif key.dtype != torch.float32 and packing.longest <= WIDENED:
         kernel = attend_widened
-    return kernel(*parts, packing=packing, causal=causal, dropout=dropout, scale=scale).flatten(1)
+    context = kernel(*parts, packing=packing, causal=causal, dropout=dropout, scale=scale).flatten(1)
+    return fill_pooled(context, packing) if single else context
 
 
 def attend_by_run(

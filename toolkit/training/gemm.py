@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from toolkit.families import family_of_model
 from toolkit.models.cpu_kernels import NARROWEST
 from toolkit.models.forward import unwrapped
 from toolkit.models.packed import PackedLinear
@@ -85,10 +86,15 @@ def measured_gain() -> float:
 
 
 def use_gemm(model: nn.Module, gemm: Gemm) -> None:
-    """Make a model's plain linear layers multiply by a library; quantised layers and adapters keep their own way."""
-    unwrapped(model).onednn = gemm == "onednn"
+    """Make a model's plain linear layers multiply by a library; quantised layers, adapters and the head do as ever."""
+    core = unwrapped(model)
+    core.onednn = gemm == "onednn"
+    # A head multiplies a few rows, and every count of them would be a kernel.
+    heads = {layer for path in family_of_model(core).head for layer in core.get_submodule(path).modules()}
     for layer in model.modules():
-        if type(layer) in (nn.Linear, Conv1D) and min(layer.weight.shape) >= NARROWEST:  # type: ignore[arg-type]
+        if layer in heads or type(layer) not in (nn.Linear, Conv1D):
+            continue
+        if min(layer.weight.shape) >= NARROWEST:  # type: ignore[arg-type]
             own: Any = layer
             if gemm == "onednn":
                 own.forward = functools.partial(_forward, layer)
