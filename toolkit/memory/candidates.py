@@ -15,6 +15,8 @@ from toolkit.config.schema import PrefixCacheSettings, QuantizationSettings, Rec
 OVERHEAD_TOKENS = {"cpu": 50, "cuda": 2_000}
 # Measured on one CPU core at GPT-2's width; checkpointing on the whole model.
 SLOWER_CHECKPOINTED = 1.30
+# Large batches, recomputed or not (``resident.map_tensors``); on short texts less.
+SLOWER_COMPACT = 1.15
 SLOWER_BITS = {None: 1.0, 8: 1.3, 4: 1.6}
 # bitsandbytes' 8-bit AdamW when every weight trains: a step of 256 tokens took x3.2 on a CPU core (CUDA: a guess).
 SLOWER_OPTIMIZER = {"cpu": 3.2, "cuda": 1.1}
@@ -43,8 +45,10 @@ def candidates(recipe: Recipe, *, blocks: int, device: str) -> list[Recipe]:
     found = []
     quarters = sorted({quarter * blocks // 4 for quarter in (1, 2, 3)} - {0})
     offloads = (False, True) if device == "cuda" else (training.activation_offload,)
-    for size, checkpointing, offload, optimizer, quantization, cache in itertools.product(
-        sizes, (False, *quarters, True), offloads, optimizers, _quantizations(recipe), _prefix_caches(recipe)
+    allocators = sorted({training.allocator, "compact"} if device == "cpu" else {training.allocator})
+    caches = _prefix_caches(recipe)
+    for size, checkpointing, offload, optimizer, quantization, cache, allocator in itertools.product(
+        sizes, (False, *quarters, True), offloads, optimizers, _quantizations(recipe), caches, allocators
     ):
         changed = with_training(
             recipe,
@@ -54,8 +58,11 @@ def candidates(recipe: Recipe, *, blocks: int, device: str) -> list[Recipe]:
             activation_offload=offload,
             optimizer=optimizer,
             prefix_cache=cache,
+            allocator=allocator,
         ).model_copy(update={"quantization": quantization})
-        if not broken_rules(changed):
+        # Where auto is compact, saying so changes nothing.
+        same = allocator != training.allocator == "auto" and with_training(changed, allocator="auto").compact
+        if not same and not broken_rules(changed):
             found.append(changed)
     return found
 
@@ -100,6 +107,7 @@ def slowness(recipe: Recipe, *, mean_length: float, trained_share: float, blocks
     training = recipe.training
     factor = 1 + OVERHEAD_TOKENS[device] / (training.batch_size * max(mean_length, 1.0))
     factor *= 1 + (SLOWER_CHECKPOINTED - 1) * training.recomputed_blocks(blocks) / blocks
+    factor *= SLOWER_COMPACT if device == "cpu" and recipe.compact else 1
     factor *= 1 + (SLOWER_OPTIMIZER[device] - 1) * trained_share * ("8bit" in training.optimizer)
     return factor * SLOWER_BITS[recipe.quantization.bits if recipe.quantization else None]
 

@@ -148,7 +148,11 @@ def estimate(
         single = shape.objective == "classification" and shape.family.pools_one
         learning = max(1, shape.layers - shape.frozen - single) if learns else None
         compact = training.compacts(quantised=bits is not None)
-        free = 0 if tight else holes(widest=tape.widest, blocks=learning, compact=compact)
+        free = (
+            0
+            if tight
+            else holes(widest=tape.widest, blocks=learning, adapted=shape.linears[-1].rank > 0, compact=compact)
+        )
         parts = _breakdown(tape, framework=framework, allocator=free)
         found.append(Estimate(parts, moment, batch.tokens, batch.rows))
     return max(found, key=lambda one: one.allocated_bytes)

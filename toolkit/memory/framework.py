@@ -22,8 +22,8 @@ MOST_KERNELS, COPIES = 1024, 2
 # Code and tables that loading a model and the first step bring, given back code (``toolkit.resident``) included.
 LATER = {"cpu": 54 * MIB, "cuda": 0}
 # What glibc's heap has free and cannot give back, in tensors of the widest kind that comes and goes: so many a block
-# with a backward pass, at most so many, and so many of a pass without gradients. Found by benchmarks/memory_plan.py,
-# where 14 fits most of its 28 cases; none where the last block alone trains.
+# with a backward pass, at most so many, twice that with adapters in the MLP, and so many of a pass without gradients.
+# Found by benchmarks/memory_plan.py.
 HOLES_A_BLOCK, MOST_HOLES, HOLES_WITHOUT_GRADIENT = 3, 14, 2
 
 
@@ -78,7 +78,7 @@ def onednn_bytes(
     return each * min(kernels, MOST_KERNELS) + COPIES * FULL * max(linear.weight for linear in shape.linears)
 
 
-def holes(*, widest: int, blocks: int | None, compact: bool = False) -> int:
+def holes(*, widest: int, blocks: int | None, adapted: bool = False, compact: bool = False) -> int:
     """Return the bytes that are free in glibc's hands at the peak.
 
     CUDA's allocator reserves more than it hands out as well; that was not measured.
@@ -86,8 +86,11 @@ def holes(*, widest: int, blocks: int | None, compact: bool = False) -> int:
     Args:
         widest: Bytes of the largest tensor that comes and goes.
         blocks: Blocks that have a backward pass; None for a pass without gradients.
+        adapted: Whether there are adapters in the MLP, where tensors are widest.
         compact: Whether tensors go back to the system when they end (``resident.map_tensors``).
     """
     if compact:
         return widest
-    return widest * (HOLES_WITHOUT_GRADIENT if blocks is None else min(HOLES_A_BLOCK * blocks, MOST_HOLES))
+    if blocks is None:
+        return widest * HOLES_WITHOUT_GRADIENT
+    return widest * min(HOLES_A_BLOCK * blocks, MOST_HOLES) * (2 if adapted else 1)

@@ -150,6 +150,7 @@ class _Planner:
         for names in (
             ("batch_size", "gradient_accumulation_steps"),
             ("gradient_checkpointing",),
+            ("allocator",),
             ("activation_offload",),
             ("optimizer",),
         ):
