@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from toolkit.resident import SMAPS, code_mappings
+from toolkit.resident import SMAPS, code_mappings, describe_allocator, map_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_AGAIN = """
@@ -72,3 +73,47 @@ def test_only_code_as_its_file_has_it_is_given_back(other: str) -> None:
     assert list(code_mappings(other)) == []
     around = mapping("1000-2000") + other + mapping("3000-a000")
     assert list(code_mappings(around)) == [(0x1000, 0x2000), (0x3000, 0xA000)]
+
+
+BETWEEN = """
+import sys
+import torch
+from toolkit.resident import map_tensors, return_freed_memory
+
+def held():
+    status = open("/proc/self/status").read()
+    return int(status.partition("RssAnon:")[2].split()[0]) >> 10
+
+# As a run finds the heap: once a large tensor was freed, glibc takes those that follow from it.
+torch.ones(4 << 20)
+assert map_tensors(sys.argv[1] == "compact") == (sys.argv[1] == "compact")
+start, small, large = held(), [], []
+for _ in range(40):
+    large.append(torch.ones(1 << 20))
+    small.append(torch.ones(1 << 13))
+full = held() - start
+large.clear()
+print(full, held() - start)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has the setting")
+def test_compact_memory_goes_back_although_tensors_behind_it_stay() -> None:
+    found = {}
+    for name in ("compact", "fast"):
+        done = subprocess.run(
+            [sys.executable, "-c", BETWEEN, name], capture_output=True, text=True, check=False,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[name] = [int(word) for word in done.stdout.split()]
+    assert all(full > 150 for full, _ in found.values())
+    assert found["compact"][1] < 20
+    assert found["fast"][1] > 100
+
+
+@pytest.mark.parametrize("tunables", ["glibc.malloc.mmap_threshold=65536", "x:glibc.malloc.mmap_threshold=1"])
+def test_a_threshold_of_the_users_own_is_left_alone(tunables: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    assert not map_tensors(True)
+    assert describe_allocator() == f"fast, {tunables}"

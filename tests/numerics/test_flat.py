@@ -12,6 +12,7 @@ import transformers
 from ladder import LADDER
 from pico import BaseOf, Batch, PicoFolder
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from toolkit.adapters.apply import apply_method
@@ -323,6 +324,7 @@ def test_filler_for_onednn_changes_no_loss_and_no_gradient(
     model = build(base_of(pico_cache(model_type)), CASES[case][0])
     batch = batch_of(LENGTHS)
     assert stepped(sum(LENGTHS)) > sum(LENGTHS)
+    assert stepped(len(LENGTHS)) > len(LENGTHS)
     for forward in (classify, *([cached] if case in ("last_n", "head") else [])):
         expected, gradients = loss_and_gradients(model, forward, batch)
         unwrapped(model).onednn = True
@@ -331,6 +333,46 @@ def test_filler_for_onednn_changes_no_loss_and_no_gradient(
         torch.testing.assert_close(loss, expected, atol=0, rtol=3e-6)
         wrong = {name: error for name, error in errors(got, gradients).items() if error > 3e-6}
         assert not wrong
+
+
+def test_onednn_meets_few_row_counts_in_blocks_and_none_in_the_head(pico_cache: PicoFolder, base_of: BaseOf) -> None:
+    model = build(base_of(pico_cache("gpt2")), FullMethod(name="full"))
+    seen: dict[str, torch.Tensor] = {}
+    for path in ("transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc", "score"):
+        model.get_submodule(path).register_forward_hook(
+            lambda module, arguments, output, path=path: seen.update({path: output})
+        )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        classify(model, batch_of((3, 8, 2)))
+    rows = {path: len(output) for path, output in seen.items()}
+    assert rows == {"transformer.h.0.mlp.c_fc": 16, "transformer.h.1.mlp.c_fc": 8, "score": 3}
+    assert seen["transformer.h.1.mlp.c_fc"].dtype == torch.bfloat16
+    # Out of autocast's hands, the head is exact, and no kernel is compiled for its rows.
+    assert seen["score"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
+def test_folded_attention_is_in_float32_under_autocast(
+    pico_cache: PicoFolder, base_of: BaseOf, model_type: str
+) -> None:
+    model = build(base_of(pico_cache(model_type)), CASES["last_n"][0])
+    batch = batch_of(LENGTHS)
+    expected, gradients = loss_and_gradients(model, cached, batch)
+    multiplied: list[torch.dtype] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+            if operation is torch.ops.aten.bmm.default:
+                multiplied.extend(argument.dtype for argument in arguments)
+            return operation(*arguments, **(options or {}))
+
+    # A step's backward pass runs outside of autocast.
+    low = torch.autocast("cpu", dtype=torch.bfloat16)(cached)
+    with Watch():
+        loss, got = loss_and_gradients(model, low, batch)
+    assert set(multiplied) == {torch.float32}
+    torch.testing.assert_close(loss, expected, atol=0, rtol=2e-2)
+    assert max(errors(got, gradients).values()) < 5e-2
 
 
 def cached(model: Any, batch: Batch) -> torch.Tensor:
