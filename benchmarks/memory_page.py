@@ -46,7 +46,7 @@ gives back bytes as PyTorch does. What it prints is what was held at the highest
 | activations | what the backward pass will read | smaller batches, `gradient_checkpointing`, `activation_offload` |
 | logits, batch | the head's output, token ids, kept states | |
 | workspace | gradients on their way, unpacked weights | smaller batches |
-| allocator | memory that is free in the heap's hands and not given back (CPU) | |
+| allocator | memory that is free in the heap's hands and not given back (CPU) | `allocator: compact` |
 | framework | Python, torch, the libraries | |
 
 The first nine are tensors (`allocated_bytes` in `--json`), all together are the process (`peak_bytes`). With
@@ -62,10 +62,11 @@ MEASURED = """
 
 Full-size models with random weights, real training steps, in MiB. "tensors" is what torch's allocator handed out,
 "process" the resident set. The peer is the Trainer of transformers with peft on the same rows, padded to the longest of
-the batch; its figures were taken by the same code. Batches are rows x longest text. In these runs of two steps oneDNN
-multiplied (`training.gemm: onednn`); longer ones meet more sizes of batch, for each of which it keeps kernels. A plan
-counts them: LoRA on gpt2-mini took 387 MiB in 20 steps and 421 in 200 (predicted 384 and 420; 317 by MKL), in bf16 438
-and 505 (predicted 439 and 515). `gemm: auto` weighs that.
+the batch; its figures were taken by the same code. Batches are rows x longest text. Most cases are two steps on one
+batch; the last ones are two epochs of many. fp32 is multiplied by MKL, unless oneDNN stands in the name, bf16 always by
+oneDNN: that one keeps kernels for every size of batch it meets, which a plan counts. Rows of short batches come in few
+sizes for it, and heads and folded attention, which multiply little, do without it: a last block by tokens took 749 MiB
+by oneDNN and 659 in bf16 before.
 
 | recipe | batch | tensors: predicted | measured | error | peer | process: predicted | measured | error | peer |
 |---|---|---|---|---|---|---|---|---|---|
@@ -117,15 +118,25 @@ def memory_page(record: dict[str, Any], machine: str, largest: dict[str, Any] | 
 
 
 REASONS = """The process is harder to predict than its tensors: glibc's heap keeps what is free between things that
-are still needed. The line "allocator" is a rule fitted to these runs, the best of several that were tried:
-as many bytes as 14 of the widest tensors,
-fewer where only some blocks have a backward pass, none where weights are updated in the backward pass, which gives
-memory back as it goes. Most holes arise within one forward pass, between small tensors that are kept and large ones
-that are not, and the same recipe, run again, finds others: LoRA on all layers once took 1,475 to 1,536 MiB in five
-runs, 8 bits with checkpointing 970 to 1,016 in four. A fixed `mmap_threshold` of 1 MiB leaves almost no holes
-(DistilBERT with LoRA: 1,050 -> 888 MiB) and costs a fifth of a step in page faults (2.5 -> 3.0 s of a core), so it is
-left to you:
-`GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1048576 toolkit train recipe.yaml`.
+are still needed. `training.allocator` decides about that. `compact` lets every tensor of 256 KiB and more lie in pages
+of its own, which go back to the system when it ends: the process then holds what the tensors take and the framework.
+New pages have to be zeroed, at a tenth of a millisecond a MiB. `fast` leaves them to the heap. `auto`, the default,
+is compact where blocks are recomputed or weights quantised, which is where most holes are, and where time is paid for
+memory anyway. By steps taken in turns on two cores:
+
+| GPT-2, LoRA | fast, MiB | compact, MiB | time of a step, compact over fast |
+|---|---|---|---|
+| recomputed, 16 x 256 | 1,221 to 1,229 | 849 to 856 | 1.15 to 1.17 |
+| 4 bits, recomputed, 16 x 64 | 622 to 630 | 410 to 411 | 1.26 to 1.28 |
+| all layers, 8 x 128 | 1,364 to 1,384 | 1,149 to 1,150 | 1.01 to 1.09 |
+| 8 x 512 | 2,647 to 2,681 | 2,556 to 2,559 | 0.94 to 1.09 |
+| 8 x 64 | 819 to 829 | 818 to 824 | 0.93 to 1.03 |
+
+With `fast`, the line "allocator" is a rule fitted to these runs: as many bytes as 14 of the widest tensors, twice that
+with adapters in the MLP, fewer where only some blocks have a backward pass, none where weights are updated in the
+backward pass, which gives memory back as it goes. Most holes arise within one forward pass, between small tensors that
+are kept and large ones that are not, and the same recipe, run again, finds others: LoRA on all layers once took 1,475
+to 1,536 MiB in five runs.
 
 Weights are read and quantised one at a time, so loading a base is never the highest moment: GPT-2 in 4 bits took 47 MiB
 for weights whose file has 475, and the process peaked at 470 MiB while it was read (697 where the heap kept its holes).

@@ -71,6 +71,43 @@ def test_a_budget_is_met_at_the_same_effective_batch(written):
     assert saved == free.estimate.peak_bytes - found.estimate.peak_bytes
 
 
+def test_what_the_heap_keeps_is_given_up_before_anything_slower(written):
+    changes = ["method={name: lora}", "data.split.validation=0", "data.split.train=0.8"]
+    recipe = load_recipe(written, changes)
+    free = plan_memory(recipe, device="cpu")
+    kept = free.estimate.breakdown["allocator"]
+    assert kept > 4 * MIB
+    found = plan_memory(recipe, budget=free.estimate.peak_bytes - kept // 2, device="cpu")
+    [change] = found.changes
+    assert change.settings == {"training.allocator": "compact"}
+    assert change.before == {"training.allocator": "auto"}
+    assert change.exact
+    assert found.estimate.allocated_bytes == free.estimate.allocated_bytes
+    assert plan_memory(recipe, device="cuda").estimate.breakdown["allocator"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "compact"),
+    [
+        ([], False),
+        (["training.gradient_checkpointing=true"], True),
+        (["training.gradient_checkpointing=2"], True),
+        (["quantization={bits: 8}"], True),
+        (["training.allocator=compact"], True),
+        (["training.allocator=fast", "training.gradient_checkpointing=true", "quantization={bits: 4}"], False),
+    ],
+)
+def test_memory_is_compact_where_the_recipe_pays_time_for_it(written, changes, compact):
+    recipe = load_recipe(written, ["method={name: lora}", *changes])
+    other = load_recipe(
+        written, ["method={name: lora}", *changes, f"training.allocator={'fast' if compact else 'compact'}"]
+    )
+    assert recipe.compact is compact
+    assert other.compact is not compact
+    kept = [plan_memory(one, device="cpu").estimate.breakdown["allocator"] for one in (recipe, other)]
+    assert (kept[0] < kept[1]) is compact
+
+
 def test_kept_states_of_frozen_blocks_are_proposed(written):
     recipe = load_recipe(written, ["method={name: last_n, n: 1}", "training.prefix_cache.enabled=false"])
     smallest = plan_memory(recipe.model_copy(update={"training": recipe.training.model_copy(update={"batch_size": 1})}))

@@ -15,8 +15,8 @@ from toolkit.config.schema import PrefixCacheSettings, QuantizationSettings, Rec
 OVERHEAD_TOKENS = {"cpu": 50, "cuda": 2_000}
 # Measured on one CPU core at GPT-2's width; checkpointing on the whole model.
 SLOWER_CHECKPOINTED = 1.30
-# Large batches, recomputed or not (``resident.map_tensors``); on short texts less.
-SLOWER_COMPACT = 1.15
+# Long texts; with recomputed blocks or quantised weights, which make more that ends soon (``resident.map_tensors``).
+SLOWER_COMPACT = {False: 1.06, True: 1.16}
 SLOWER_BITS = {None: 1.0, 8: 1.3, 4: 1.6}
 # bitsandbytes' 8-bit AdamW when every weight trains: a step of 256 tokens took x3.2 on a CPU core (CUDA: a guess).
 SLOWER_OPTIMIZER = {"cpu": 3.2, "cuda": 1.1}
@@ -107,7 +107,8 @@ def slowness(recipe: Recipe, *, mean_length: float, trained_share: float, blocks
     training = recipe.training
     factor = 1 + OVERHEAD_TOKENS[device] / (training.batch_size * max(mean_length, 1.0))
     factor *= 1 + (SLOWER_CHECKPOINTED - 1) * training.recomputed_blocks(blocks) / blocks
-    factor *= SLOWER_COMPACT if device == "cpu" and recipe.compact else 1
+    if device == "cpu" and recipe.compact:
+        factor *= SLOWER_COMPACT[with_training(recipe, allocator="auto").compact]
     factor *= 1 + (SLOWER_OPTIMIZER[device] - 1) * trained_share * ("8bit" in training.optimizer)
     return factor * SLOWER_BITS[recipe.quantization.bits if recipe.quantization else None]
 
