@@ -28,9 +28,10 @@ bench: $(VENV)/dev.installed
 	$(BIN)/python benchmarks/merging.py --size xl --rounds 2
 	$(BIN)/python benchmarks/table.py performance
 
-# About forty minutes on two cores with nothing else running, and 16 GiB of memory for the peer and the XL base.
+# About an hour on two cores with nothing else running, and 16 GiB of memory for the peer and the XL base.
 memory: $(VENV)/dev.installed
 	$(BIN)/python benchmarks/memory_plan.py
+	$(BIN)/python benchmarks/allocator.py
 	$(BIN)/python benchmarks/merging.py --size xl --last-block
 	$(BIN)/python benchmarks/table.py memory
 

@@ -94,8 +94,17 @@ Several processes are not predicted.
 """
 
 
-def memory_page(record: dict[str, Any], machine: str, largest: dict[str, Any] | None) -> str:
-    """Return the page; ``largest`` is what the last block of GPT-2 XL took, where it was measured."""
+def memory_page(
+    record: dict[str, Any], machine: str, *, largest: dict[str, Any] | None, allocators: dict[str, Any]
+) -> str:
+    """Return the page.
+
+    Args:
+        record: Of ``memory_plan.py``.
+        machine: Where it was made.
+        largest: What the last block of GPT-2 XL took, where it was measured.
+        allocators: Of ``allocator.py``.
+    """
     lines, errors = [], {"allocated": [], "resident": []}
     for name, case in record["cases"].items():
         if "toolkit" in case:
@@ -110,7 +119,7 @@ def memory_page(record: dict[str, Any], machine: str, largest: dict[str, Any] | 
     )
     summary = (
         f"\n{len(lines)} recipes. Errors, {found}; within 5 %: {within} of {len(lines)} processes. "
-        f"A plan took {seconds:.1f} s of a core (median).\n\n{REASONS}"
+        f"A plan took {seconds:.1f} s of a core (median).\n\n{REASONS.format(allocators=allocator_table(allocators))}"
     )
     head = HEAD.format(machine=f"Machine: {machine}.\n{processors(record)}")
     xl = "" if largest is None else LARGEST.format(peak=largest["peak_mib"], seconds=largest["seconds"])
@@ -122,15 +131,9 @@ are still needed. `training.allocator` decides about that. `compact` lets every 
 of its own, which go back to the system when it ends: the process then holds what the tensors take and the framework.
 New pages have to be zeroed, at a tenth of a millisecond a MiB. `fast` leaves them to the heap. `auto`, the default,
 is compact where blocks are recomputed or weights quantised, which is where most holes are, and where time is paid for
-memory anyway. By steps taken in turns on two cores:
+memory anyway. LoRA on GPT-2, runs by turns (`benchmarks/allocator.py`):
 
-| GPT-2, LoRA | fast, MiB | compact, MiB | time of a step, compact over fast |
-|---|---|---|---|
-| recomputed, 16 x 256 | 1,221 to 1,229 | 849 to 856 | 1.15 to 1.17 |
-| 4 bits, recomputed, 16 x 64 | 622 to 630 | 410 to 411 | 1.26 to 1.28 |
-| all layers, 8 x 128 | 1,364 to 1,384 | 1,149 to 1,150 | 1.01 to 1.09 |
-| 8 x 512 | 2,647 to 2,681 | 2,556 to 2,559 | 0.94 to 1.09 |
-| 8 x 64 | 819 to 829 | 818 to 824 | 0.93 to 1.03 |
+{allocators}
 
 With `fast`, the line "allocator" is a rule fitted to these runs: as many bytes as 14 of the widest tensors, twice that
 with adapters in the MLP, fewer where only some blocks have a backward pass, none where weights are updated in the
@@ -168,11 +171,32 @@ def case_row(name: str, case: dict[str, Any], errors: dict[str, list[float]]) ->
     batch = f"{facts['max_tokens']:,} tokens" if facts["max_tokens"] else f"{facts['batch']} x {facts['longest']}"
     cells = [name, batch]
     for kind, key in (("allocated", "allocated_bytes"), ("resident", "peak_bytes")):
+        cells.append(f"{predicted[key] / MIB:,.0f}")
+        if kind not in ours:
+            cells += ["", "", ""]
+            continue
         error = predicted[key] / ours[kind] - 1
         errors[kind].append(error)
         peer = f"{case['peer'][kind] / MIB:,.0f}" if "peer" in case else ""
-        cells += [f"{predicted[key] / MIB:,.0f}", f"{ours[kind] / MIB:,.0f}", f"{error:+.1%}", peer]
+        cells += [f"{ours[kind] / MIB:,.0f}", f"{error:+.1%}", peer]
     return "| " + " | ".join(cells) + " |"
+
+
+def allocator_table(record: dict[str, Any]) -> str:
+    """Return what either allocator took, and how much longer a compact step is."""
+    lines = [
+        "| LoRA | batch | fast: MiB, predicted | compact: MiB, predicted | saves | time of a step, compact over fast |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, case in record["cases"].items():
+        peaks = {arm: statistics.median(run["mib"] for run in case[arm]) for arm in ("fast", "compact")}
+        shown = [f"{peaks[arm]:,.0f}, {case[arm][0]['predicted_mib']:,}" for arm in peaks]
+        slower = case["slower"]
+        lines.append(
+            f"| {name} | {case['batch']} | {' | '.join(shown)} | {1 - peaks['compact'] / peaks['fast']:.0%} "
+            f"| **{slower['median']}** ({slower['min']} to {slower['max']}) |"
+        )
+    return "\n".join(lines)
 
 
 def sizes_table() -> str:

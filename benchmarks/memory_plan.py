@@ -8,7 +8,8 @@ which finds Adam's state, is the largest of the run; the last ones train two epo
 figure comes from a process of its own:
 
 - predicted: ``toolkit plan --json --device cpu``, with the seconds of a core that the command took;
-- allocated: the events of torch's CPU allocator, counted again from the tensors alive when training begins;
+- allocated: the events of torch's CPU allocator, counted again from the tensors alive when training begins; not of the
+  many batches;
 - resident: ``memory.peak_bytes`` of result.json, the peak resident set until training ends, and that of each phase;
 - the peer's two figures around ``Trainer.train``, its batches padded to their longest row: allocated by the same code,
   resident as the process's peak until training ends.
@@ -327,7 +328,9 @@ def compare(name: str, root: pathlib.Path, sides: list[str]) -> dict[str, Any]:
     record["plan_core_seconds"] = round(seconds, 2)
     record["predicted"] = {key: planned[key] for key in ("allocated_bytes", "peak_bytes", "breakdown", "moment")}
     for who in sides if CASES[name].peer else [side for side in sides if side == "toolkit"]:
-        record[who] = {**measure(who, "allocated"), **measure(who, "resident"), "cpu": cpu}
+        # The events of many steps would be larger than what they count.
+        allocated = measure(who, "allocated") if CASES[name].batches == 1 else {}
+        record[who] = {**allocated, **measure(who, "resident"), "cpu": cpu}
     return record
 
 
@@ -343,7 +346,7 @@ def main(names: list[str], sides: list[str]) -> None:
             if sides:
                 record["seconds"] = round(time.perf_counter() - started, 1)
             for kind, key in (("allocated", "allocated_bytes"), ("resident", "peak_bytes")):
-                if "toolkit" not in record:
+                if kind not in record.get("toolkit", {}):
                     continue
                 real, predicted = record["toolkit"][kind], record["predicted"][key]
                 peer = f", peer {record['peer'][kind] / 2**20:.0f}" if "peer" in record else ""

@@ -192,7 +192,9 @@ if __name__ == "__main__":
     [name] = sys.argv[1:]
     memory, methods = load("memory_plan"), load("methods")
     if name == "memory" and memory:
-        page = memory_page(memory, machine_line(memory), load("last_block_xl"))
+        page = memory_page(
+            memory, machine_line(memory), largest=load("last_block_xl"), allocators=load("allocator") or {"cases": {}}
+        )
     elif name == "methods" and methods:
         page = methods_page(methods, machine_line(methods))
     else:

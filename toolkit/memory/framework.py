@@ -14,7 +14,7 @@ MIB = 2**20
 # memory_plan.py, without torch's compiler (``toolkit.lean``): a program that imports the toolkit has 75 MiB more. CUDA:
 # the driver's context and cuBLAS, which max_memory_allocated does not count; not measured by us.
 FRAMEWORK = {"cpu": 226 * MIB, "cuda": 500 * MIB}
-ADAPTERS, QUANTISED = 6 * MIB, 21 * MIB
+ADAPTERS, QUANTISED = 6 * MIB, 6 * MIB
 # What oneDNN keeps for each shape of a product and each count of rows that it meets, in fp32 and in bf16: found in runs
 # of 20 and 200 steps of LoRA on the embedded bases. It keeps no more than so many, and rearranged copies of a weight.
 KERNEL, KERNEL_LOW = MIB * 6 // 10, MIB * 72 // 100
@@ -75,7 +75,8 @@ def onednn_bytes(
     kernels = forward * len({*trained, *evaluated}) + backward * len(trained)
     kernels += len(pooled) * (3 if updates else 2) * len(rows)
     each = KERNEL_LOW if low_precision else KERNEL
-    return each * min(kernels, MOST_KERNELS) + COPIES * FULL * max(linear.weight for linear in shape.linears)
+    widest = max(linear.weight for linear in shape.linears)
+    return each * min(kernels, MOST_KERNELS) + COPIES * widest * (2 if low_precision else FULL)
 
 
 def holes(*, widest: int, blocks: int | None, adapted: bool = False, compact: bool = False) -> int:
