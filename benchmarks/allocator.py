@@ -2,8 +2,8 @@
 
     python benchmarks/allocator.py [--rounds 3]
 
-GPT-2 124M with random weights trains a LoRA adapter for some steps, by turns with ``training.allocator`` fast and
-compact, each run a process of its own as the command line starts it. Seconds are those of the steps, MiB the process's
+GPT-2 124M with random weights trains a LoRA adapter for some steps, and DistilBERT 66M all its weights, by turns with
+``training.allocator`` fast and compact, each run a process of its own as the command line starts it. Seconds are those of the steps, MiB the process's
 peak until training ends, and what the plan said of it. A ratio compares runs of one round. Writes
 results/allocator.json.
 """
@@ -20,7 +20,7 @@ import tempfile
 from typing import Any
 
 import peers
-from memory_plan import CASES, LORA, ROOT, Case, prepare
+from memory_plan import CASES, FULL, LORA, ROOT, Case, prepare
 
 HERE = {
     "recomputed": Case("gpt2", LORA, 16, 256, checkpointing=True, batches=2),
@@ -29,6 +29,7 @@ HERE = {
     "adapters on all layers": Case("gpt2", "{name: lora, target_modules: all-linear}", 8, 128, batches=2),
     "long texts": Case("gpt2", LORA, 8, 512),
     "short texts": Case("gpt2", LORA, 8, 64, batches=6),
+    "DistilBERT, all weights": Case("distilbert", FULL, 16, 64, batches=6),
 }
 
 

@@ -185,7 +185,7 @@ def case_row(name: str, case: dict[str, Any], errors: dict[str, list[float]]) ->
 def allocator_table(record: dict[str, Any]) -> str:
     """Return what either allocator took, and how much longer a compact step is."""
     lines = [
-        "| LoRA | batch | fast: MiB, predicted | compact: MiB, predicted | saves | time of a step, compact over fast |",
+        "| | batch | fast: MiB, predicted | compact: MiB, predicted | saves | time of a step, compact over fast |",
         "|---|---|---|---|---|---|",
     ]
     for name, case in record["cases"].items():

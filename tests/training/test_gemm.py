@@ -47,6 +47,7 @@ def test_both_libraries_give_the_same_logits_and_gradients(
     pico_cache: PicoFolder, base_of: BaseOf, family: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gemm, "NARROWEST", 8)
+    monkeypatch.setattr(gemm, "FEW_ROWS", 0)
     base = base_of(pico_cache(family))
     model: Any = load_classifier(base, labels=("a", "b"), quantization=None, seed=1, device=CPU)
     model = apply_method(model, METHODS[method], family=base.family, base_name="x", seed=2).eval()

@@ -8,6 +8,7 @@ from toolkit.config.methods import leaves_adapter
 from toolkit.config.schema import Recipe
 from toolkit.memory.layers import FULL
 from toolkit.memory.shape import ModelShape
+from toolkit.models.cpu_kernels import FEW_ROWS
 
 MIB = 2**20
 # Resident when recipe, data and base have been read and nothing of them is in memory yet; found by benchmarks/
@@ -47,16 +48,17 @@ def onednn_bytes(
     trained: Collection[int],
     evaluated: Collection[int],
     rows: Collection[int],
+    alone: bool,
     low_precision: bool,
 ) -> int:
     """Return the bytes of oneDNN's kernels, where it multiplies in blocks with a backward pass.
 
     Args:
         shape: The model.
-        trained: Token counts of the products in its training steps; none where only the last block runs in them, for
-            one token a row.
+        trained: Token counts of the products in its training steps.
         evaluated: Token counts of its evaluations.
-        rows: Row counts of training steps and evaluations, where the last block answers for one token a row.
+        rows: Row counts of training steps, where the last block answers for one token a row.
+        alone: Whether that block is all that runs in them.
         low_precision: Under autocast it multiplies in adapters, too.
     """
     products = {(linear.fan_in, linear.fan_out) for linear in shape.linears}
@@ -68,11 +70,13 @@ def onednn_bytes(
         if linear.rank and low_precision
         for half in ((linear.fan_in, linear.rank), (linear.rank, linear.fan_out))
     }
+    if not low_precision:
+        trained, evaluated, rows = ({count for count in one if count > FEW_ROWS} for one in (trained, evaluated, rows))
     updates = shape.first_trained < shape.layers
-    forward = len(products) + len(halves) if trained else 1
+    forward = 1 if alone else len(products) + len(halves)
     # The gradients of inputs, and of the weights that train.
     backward = forward + len(halves) + (len(products) if updates else 0)
-    kernels = forward * len({*trained, *evaluated}) + backward * len(trained)
+    kernels = forward * len(evaluated) if alone else forward * len({*trained, *evaluated}) + backward * len(trained)
     kernels += len(pooled) * (3 if updates else 2) * len(rows)
     each = KERNEL_LOW if low_precision else KERNEL
     widest = max(linear.weight for linear in shape.linears)

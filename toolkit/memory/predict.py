@@ -70,9 +70,10 @@ def predict(recipe: Recipe, inputs: Inputs, *, device: str, found: int | None = 
         labels = inputs.train_labels
         framework += onednn_bytes(
             shape,
-            trained=set() if alone else training_counts(train, recipe.training, labels=labels),
+            trained=training_counts(train, recipe.training, labels=labels),
             evaluated=evaluation_counts(validation, batch_size=EVALUATION_BATCH),
             rows=training_row_counts(train, recipe.training, labels=labels) if pools else set(),
+            alone=alone,
             low_precision=low,
         )
     return estimate(

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from toolkit.families import family_of_model
-from toolkit.models.cpu_kernels import NARROWEST
+from toolkit.models.cpu_kernels import FEW_ROWS, NARROWEST
 from toolkit.models.forward import unwrapped
 from toolkit.models.packed import PackedLinear
 from toolkit.training.gemm_choice import Gemm, remember_gemm, remembered_gemm
@@ -103,9 +103,10 @@ def use_gemm(model: nn.Module, gemm: Gemm) -> None:
 
 
 def _forward(layer: Any, hidden: Tensor) -> Tensor:
-    """Run a layer by oneDNN, or as it is where its operands are not fp32 on a CPU."""
+    """Run a layer by oneDNN, or as it is where its operands are not fp32 on a CPU, or few."""
     weight, bias = layer.weight, layer.bias
-    if hidden.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    low = hidden.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    if low or hidden.numel() <= FEW_ROWS * hidden.shape[-1]:
         plain: Tensor = type(layer).forward(layer, hidden)
         return plain
     apply: Any = _Linear.apply
