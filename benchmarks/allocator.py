@@ -3,9 +3,9 @@
     python benchmarks/allocator.py [--rounds 3]
 
 GPT-2 124M with random weights trains a LoRA adapter for some steps, and DistilBERT 66M all its weights, by turns with
-``training.allocator`` fast and compact, each run a process of its own as the command line starts it. Seconds are those of the steps, MiB the process's
-peak until training ends, and what the plan said of it. A ratio compares runs of one round. Writes
-results/allocator.json.
+``training.allocator`` fast and compact, each run a process of its own as the command line starts it. Seconds are those
+of the steps, MiB the process's peak until training ends, and what the plan said of it. A ratio compares runs of one
+round. Writes results/allocator.json.
 """
 
 from __future__ import annotations
