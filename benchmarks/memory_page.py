@@ -127,7 +127,7 @@ def memory_page(
 
 
 REASONS = """The process is harder to predict than its tensors: glibc's heap keeps what is free between things that
-are still needed. `training.allocator` decides about that. `compact` lets every tensor of 256 KiB and more lie in pages
+are still needed. `training.allocator` decides about that. `compact` lets every tensor of 1 MiB and more lie in pages
 of its own, which go back to the system when it ends: the process then holds what the tensors take and the framework.
 New pages have to be zeroed, at a tenth of a millisecond a MiB. `fast` leaves them to the heap. `auto`, the default,
 is compact where blocks are recomputed or weights quantised, which is where most holes are, and where time is paid for

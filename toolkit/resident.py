@@ -19,9 +19,8 @@ from collections.abc import Iterator
 # mallopt(3): sizes from which on memory is mapped for itself, and from which on what is free at the heap's end goes.
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 # Bytes from which on a tensor lies in pages of its own. Left alone, glibc ends up at the larger, once large ones were
-# freed. Two CPU cores, GPT-2: recomputed LoRA of 16 x 256 tokens 1,225 -> 850 MiB, a step 1.16 times as long; 4 bits,
-# recomputed, 16 x 64: 626 -> 410 MiB, 1.27 times; LoRA, 8 x 512: 2,665 -> 2,556 MiB, 1.05 times; 8 x 64: alike.
-COMPACT, LARGEST = 256 << 10, 32 << 20
+# freed. From 256 KiB on, steps on short texts took a fifth longer, and 20 MiB less (benchmarks/allocator.py).
+COMPACT, LARGEST = 1 << 20, 32 << 20
 SMAPS = pathlib.Path("/proc/self/smaps")
 # Code is mapped privately and is not written to; what lies in no file, or a loader has yet to change, is left alone.
 CODE = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) r-xp \S+ \S+ [1-9]\d*\s+/")
@@ -39,7 +38,7 @@ def give_back() -> None:
 def map_tensors(compact: bool) -> bool:
     """Choose how glibc hands out tensors, and return whether they are compact from now on.
 
-    Compact: a tensor of 256 KiB and more lies in pages of its own, which go back to the system when it ends. Else it
+    Compact: a tensor of 1 MiB and more lies in pages of its own, which go back to the system when it ends. Else it
     lies in the heap, which keeps what is free between tensors that are still needed; the system zeroes new pages, which
     takes time that the heap's need not. A threshold in GLIBC_TUNABLES, the user's own, is left alone.
     """

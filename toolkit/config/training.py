@@ -100,7 +100,7 @@ class TrainingSettings(Section):
     allocator: Literal["auto", "fast", "compact"] = Field(
         default="auto",
         description="Of a CPU's memory, where glibc hands it out. fast keeps what is freed for later. compact gives "
-        "tensors of 256 KiB and more back to the system: the process holds little beside its tensors, where blocks are "
+        "tensors of 1 MiB and more back to the system: the process holds little beside its tensors, where blocks are "
         "recomputed a third less, and a step takes up to 1.3 times as long. auto: compact where blocks are recomputed "
         "or weights are quantised.",
     )

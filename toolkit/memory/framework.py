@@ -9,6 +9,7 @@ from toolkit.config.schema import Recipe
 from toolkit.memory.layers import FULL
 from toolkit.memory.shape import ModelShape
 from toolkit.models.cpu_kernels import FEW_ROWS
+from toolkit.resident import COMPACT
 
 MIB = 2**20
 # Resident when recipe, data and base have been read and nothing of them is in memory yet; found by benchmarks/
@@ -94,8 +95,9 @@ def holes(*, widest: int, blocks: int | None, adapted: bool = False, compact: bo
         adapted: Whether there are adapters in the MLP, where tensors are widest.
         compact: Whether tensors go back to the system when they end (``resident.map_tensors``).
     """
-    if compact:
-        return widest
     if blocks is None:
-        return widest * HOLES_WITHOUT_GRADIENT
-    return widest * min(HOLES_A_BLOCK * blocks, MOST_HOLES) * (2 if adapted else 1)
+        count = HOLES_WITHOUT_GRADIENT
+    else:
+        count = min(HOLES_A_BLOCK * blocks, MOST_HOLES) * (2 if adapted else 1)
+    # Compact, the heap has the small ones alone, and one large one is on its way out.
+    return widest + count * min(widest, COMPACT) if compact else count * widest
