@@ -130,8 +130,9 @@ REASONS = """The process is harder to predict than its tensors: glibc's heap kee
 are still needed. `training.allocator` decides about that. `compact` lets every tensor of 1 MiB and more lie in pages
 of its own, which go back to the system when it ends: the process then holds what the tensors take and the framework.
 New pages have to be zeroed, at a tenth of a millisecond a MiB. `fast` leaves them to the heap. `auto`, the default,
-is compact where blocks are recomputed or weights quantised, which is where most holes are, and where time is paid for
-memory anyway. LoRA on GPT-2, runs by turns (`benchmarks/allocator.py`):
+is compact where blocks are recomputed, which is where most holes are, and where time is paid for memory anyway.
+Quantised weights are unpacked into a new tensor for every product, so that compact costs most there. Runs by turns, of
+LoRA on GPT-2 where nothing else is said (`benchmarks/allocator.py`):
 
 {allocators}
 

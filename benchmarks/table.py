@@ -47,14 +47,17 @@ REASONS = """
 - **bf16 is what pays where the processor has it**: 400 GFLOP/s here beside 200 in fp32. The tuned peer runs under bf16
   autocast; the toolkit's fp32 arms, which keep full precision, are near it or below. Like against like is the arm with
   `bf16`. Of a first last-block run in bf16, most of it the pass over frozen blocks, products were 58 % by the profiler,
-  copies and casts 10 %, GELU 6 %, attention row by row 6 %. Since those rows were measured, oneDNN is given packed
-  weights and GELU in such passes: they take 5 to 12 % less in bf16. In fp32 by oneDNN it is a quarter less, and 70 MiB
-  more, so that `training.gemm: onednn` has to ask for it. Weights stay as they are where gradients flow: packed both
-  ways, they would lie in memory twice.
-- **oneDNN helps little in fp32.** Its products were 1.08 to 1.28 times as fast as MKL's on processors with AVX-512
-  (1.11 to 1.23 on this one), on one with AVX2 they took 1.16 times as long. `training.gemm: auto` takes it where it
-  wins by a fifth: it keeps a kernel of 0.6 MiB for every size of batch, 105 MiB after 200 steps of LoRA on gpt2-mini.
-  A bound on them was tried (ONEDNN_PRIMITIVE_CACHE_CAPACITY=64): 22 MiB less, and 15 % more time.
+  copies and casts 10 %, GELU 6 %, attention row by row 6 %. Since then oneDNN is given packed weights and GELU in such
+  passes: they take 5 to 12 % less in bf16. In fp32 by oneDNN it is a quarter less, and 70 MiB more, so that it is done
+  where `training.gemm` is oneDNN. Weights stay as they are where gradients flow: packed both ways, they would lie in
+  memory twice.
+- **oneDNN helps in fp32 by the day.** Its products were 1.08 to 1.28 times as fast as MKL's on processors with AVX-512,
+  on one with AVX2 they took 1.16 times as long. This machine, a virtual one, gave 1.11 to 1.23 when LoRA and full
+  fine-tuning were measured; when the last block was, frozen blocks took half as long by oneDNN (6.5 against 12.5 s).
+  `training.gemm: auto` takes it where it wins by a fifth: it keeps a kernel of 0.6 MiB for every size of batch, 105 MiB
+  after 200 steps of LoRA on gpt2-mini. A bound on them was tried (ONEDNN_PRIMITIVE_CACHE_CAPACITY=64): 22 MiB less, and
+  15 % more time. The rows of a last block come in few sizes since its rows here were measured, and products of up to
+  128 rows are left to MKL in fp32: some 200 MiB less (docs/memory.md).
 - **The last block pays for one pass over the frozen blocks.** Five epochs of the peer are five such passes and the
   backward pass of one block. One pass is what a first run cannot avoid, nine tenths of it products at the machine's
   peak in fp32, so its ratio is bounded near the number of epochs, times what padding costs, times what the peer loses.

@@ -170,7 +170,7 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     # The machine.
     settings = recipe.training
     device = runtime.choose_device()
-    compact = map_tensors(recipe.compact and device.type == "cpu")
+    compact = map_tensors(settings.compact and device.type == "cpu")
     precision = runtime.choose_precision(settings.precision, device)
     gemm = choose_gemm(settings.gemm, device)
     accelerator = runtime.build_accelerator(

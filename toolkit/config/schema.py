@@ -247,8 +247,3 @@ class Recipe(Section):
     instruction: InstructionSettings = Field(default_factory=InstructionSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     output: OutputSettings = Field(default_factory=OutputSettings)
-
-    @property
-    def compact(self) -> bool:
-        """Whether freed tensors go back to the system at once, on a CPU (``training.allocator``)."""
-        return self.training.compacts(quantised=self.quantization is not None)

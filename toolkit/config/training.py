@@ -101,8 +101,8 @@ class TrainingSettings(Section):
         default="auto",
         description="Of a CPU's memory, where glibc hands it out. fast keeps what is freed for later. compact gives "
         "tensors of 1 MiB and more back to the system: the process holds little beside its tensors, where blocks are "
-        "recomputed a third less, and a step takes up to 1.3 times as long. auto: compact where blocks are recomputed "
-        "or weights are quantised.",
+        "recomputed a third less, and a step takes up to a fifth longer, with quantised weights two fifths. auto: "
+        "compact where blocks are recomputed.",
     )
     loss: LossSettings = Field(default_factory=LossSettings, description="What is minimised.")
     prefix_cache: PrefixCacheSettings = Field(
@@ -115,10 +115,10 @@ class TrainingSettings(Section):
         wanted = self.gradient_checkpointing
         return (blocks if wanted else 0) if isinstance(wanted, bool) else min(wanted, blocks)
 
-    def compacts(self, *, quantised: bool) -> bool:
-        """Return whether freed tensors go back to the system at once, on a CPU."""
-        saves = quantised or self.gradient_checkpointing is not False
-        return self.allocator == "compact" or (self.allocator == "auto" and saves)
+    @property
+    def compact(self) -> bool:
+        """Whether freed tensors go back to the system at once, on a CPU."""
+        return self.allocator == "compact" or (self.allocator == "auto" and self.gradient_checkpointing is not False)
 
     def offloads(self, device: str) -> bool:
         """Return whether activations leave a device of this type: MPS shares the machine's memory."""

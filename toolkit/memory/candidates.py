@@ -15,8 +15,8 @@ from toolkit.config.schema import PrefixCacheSettings, QuantizationSettings, Rec
 OVERHEAD_TOKENS = {"cpu": 50, "cuda": 2_000}
 # Measured on one CPU core at GPT-2's width; checkpointing on the whole model.
 SLOWER_CHECKPOINTED = 1.30
-# Long texts; with recomputed blocks or quantised weights, which make more that ends soon (``resident.map_tensors``).
-SLOWER_COMPACT = {False: 1.06, True: 1.16}
+# Full-precision weights, and quantised ones, which are unpacked for every product (``resident.map_tensors``).
+SLOWER_COMPACT = {False: 1.06, True: 1.4}
 SLOWER_BITS = {None: 1.0, 8: 1.3, 4: 1.6}
 # bitsandbytes' 8-bit AdamW when every weight trains: a step of 256 tokens took x3.2 on a CPU core (CUDA: a guess).
 SLOWER_OPTIMIZER = {"cpu": 3.2, "cuda": 1.1}
@@ -61,7 +61,7 @@ def candidates(recipe: Recipe, *, blocks: int, device: str) -> list[Recipe]:
             allocator=allocator,
         ).model_copy(update={"quantization": quantization})
         # Where auto is compact, saying so changes nothing.
-        same = allocator != training.allocator == "auto" and with_training(changed, allocator="auto").compact
+        same = allocator != training.allocator == "auto" and with_training(changed, allocator="auto").training.compact
         if not same and not broken_rules(changed):
             found.append(changed)
     return found
@@ -107,8 +107,8 @@ def slowness(recipe: Recipe, *, mean_length: float, trained_share: float, blocks
     training = recipe.training
     factor = 1 + OVERHEAD_TOKENS[device] / (training.batch_size * max(mean_length, 1.0))
     factor *= 1 + (SLOWER_CHECKPOINTED - 1) * training.recomputed_blocks(blocks) / blocks
-    if device == "cpu" and recipe.compact:
-        factor *= SLOWER_COMPACT[with_training(recipe, allocator="auto").compact]
+    if device == "cpu" and training.compact:
+        factor *= SLOWER_COMPACT[recipe.quantization is not None]
     factor *= 1 + (SLOWER_OPTIMIZER[device] - 1) * trained_share * ("8bit" in training.optimizer)
     return factor * SLOWER_BITS[recipe.quantization.bits if recipe.quantization else None]
 

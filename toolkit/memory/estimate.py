@@ -147,11 +147,12 @@ def estimate(
         # A classifier's last block mostly runs for one token a row.
         single = shape.objective == "classification" and shape.family.pools_one
         learning = max(1, shape.layers - shape.frozen - single) if learns else None
-        compact = training.compacts(quantised=bits is not None)
         free = (
             0
             if tight
-            else holes(widest=tape.widest, blocks=learning, adapted=shape.linears[-1].rank > 0, compact=compact)
+            else holes(
+                widest=tape.widest, blocks=learning, adapted=shape.linears[-1].rank > 0, compact=training.compact
+            )
         )
         parts = _breakdown(tape, framework=framework, allocator=free)
         found.append(Estimate(parts, moment, batch.tokens, batch.rows))
