@@ -101,7 +101,7 @@ class TrainingSettings(Section):
         default="auto",
         description="Of a CPU's memory, where glibc hands it out. fast keeps what is freed for later. compact gives "
         "tensors of 1 MiB and more back to the system: the process holds little beside its tensors, where blocks are "
-        "recomputed a third less, and a step takes up to a fifth longer, with quantised weights two fifths. auto: "
+        "recomputed a third less, and a step takes 1.0 to 1.5 times as long, most with quantised weights. auto: "
         "compact where blocks are recomputed.",
     )
     loss: LossSettings = Field(default_factory=LossSettings, description="What is minimised.")
