@@ -206,7 +206,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory is out; torch has a class of its own for CUDA alone."""
     import torch
 
-    words = ("can't allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+    # oneDNN does not say why it has no kernel; that it has one was tried before (``training.gemm``).
+    words = ("can't allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "could not create a primitive")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
