@@ -34,7 +34,7 @@ from toolkit.models.heads import own_head
 from toolkit.report.metrics_log import MetricsLog
 from toolkit.report.run_record import RunRecord, read_run_record
 from toolkit.report.wording import OWN_HEAD, head_sentence, memory_sentence
-from toolkit.resident import return_freed_memory
+from toolkit.resident import map_tensors, return_freed_memory
 from toolkit.run_folder import RunFolder
 from toolkit.runtime import memory_errors, process_rank
 
@@ -150,7 +150,6 @@ def describe_inputs(data: LoadedData, base: Base) -> list[str]:
 
 def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, listener: Listener) -> RunRecord:
     from toolkit import runtime
-    from toolkit.resident import map_tensors
 
     runtime.import_models(adapters=leaves_adapter(recipe.method), quantised=recipe.quantization is not None)
     from toolkit.adapters.apply import parameter_report
@@ -190,8 +189,8 @@ def _train(recipe: Recipe, *, folder: RunFolder, data: LoadedData, base: Base, l
     for line in describe_training(parameters, plan, lengths.mean(), task.truncated):
         listener.say(line)
     listener.say(
-        f"machine: {device}, {precision}, {accelerator.num_processes} process(es), matrix products: {gemm}, "
-        f"allocator: {'compact' if compact else 'fast'}"
+        f"machine: {device}, {precision}, {accelerator.num_processes} process(es), matrix products: {gemm}"
+        + (f", allocator: {'compact' if compact else 'fast'}" if device.type == "cpu" else "")
     )
     if settings.activation_offload and not settings.offloads(device.type):
         listener.say(f"warning: {no_offload(device.type)}")

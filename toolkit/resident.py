@@ -19,7 +19,7 @@ from collections.abc import Iterator
 # mallopt(3): sizes from which on memory is mapped for itself, and from which on what is free at the heap's end goes.
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 # Bytes from which on a tensor lies in pages of its own. Left alone, glibc ends up at the larger, once large ones were
-# freed. From 256 KiB on, steps on short texts took a fifth longer, and 20 MiB less (benchmarks/allocator.py).
+# freed. Tried, one round of benchmarks/allocator.py: from 256 KiB on short texts took a fifth longer, and 43 MiB less.
 COMPACT, LARGEST = 1 << 20, 32 << 20
 SMAPS = pathlib.Path("/proc/self/smaps")
 # Code is mapped privately and is not written to; what lies in no file, or a loader has yet to change, is left alone.

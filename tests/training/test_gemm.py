@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from toolkit.adapters.apply import apply_method
 from toolkit.config.schema import FullMethod, LastNMethod, LoraMethod
-from toolkit.models.cpu_kernels import FEW_ROWS
 from toolkit.models.forward import classify
 from toolkit.models.load import load_classifier
 from toolkit.training import gemm
@@ -48,7 +47,6 @@ def test_both_libraries_give_the_same_logits_and_gradients(
     pico_cache: PicoFolder, base_of: BaseOf, family: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gemm, "NARROWEST", 8)
-    monkeypatch.setattr(gemm, "FEW_ROWS", 0)
     base = base_of(pico_cache(family))
     model: Any = load_classifier(base, labels=("a", "b"), quantization=None, seed=1, device=CPU)
     model = apply_method(model, METHODS[method], family=base.family, base_name="x", seed=2).eval()
@@ -80,27 +78,12 @@ def test_both_libraries_give_the_same_logits_and_gradients(
 def test_a_weights_gradient_lies_in_memory_as_the_weight_does(layer: Any) -> None:
     """Else it is copied across, element by element, before it is accumulated."""
     model = nn.Sequential(layer)
-    hidden = torch.randn(FEW_ROWS + 5, 64)
+    hidden = torch.randn(5, 64)
     [expected] = torch.autograd.grad(model(hidden).square().sum(), layer.weight)
     layer.forward = functools.partial(gemm._forward, layer)
     [found] = torch.autograd.grad(model(hidden).square().sum(), layer.weight)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     assert found.stride() == layer.weight.stride()
-
-
-@needs_onednn
-@pytest.mark.parametrize(
-    ("rows", "calls"), [((FEW_ROWS,), 0), ((FEW_ROWS + 1,), 1), ((2, FEW_ROWS // 2), 0), ((2, FEW_ROWS), 1)]
-)
-def test_few_rows_are_left_to_torchs_library(
-    rows: tuple[int, ...], calls: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[int] = []
-    product = gemm._product
-    monkeypatch.setattr(gemm, "_product", lambda *arguments: made.append(1) or product(*arguments))
-    layer, hidden = nn.Linear(64, 96), torch.randn(*rows, 64)
-    torch.testing.assert_close(gemm._forward(layer, hidden), layer(hidden), rtol=1e-5, atol=1e-5)
-    assert len(made) == calls
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(0.8, "default"), (1.1, "default"), (2.0, "onednn")])

@@ -147,14 +147,9 @@ def estimate(
         # A classifier's last block mostly runs for one token a row.
         single = shape.objective == "classification" and shape.family.pools_one
         learning = max(1, shape.layers - shape.frozen - single) if learns else None
-        free = (
-            0
-            if tight
-            else holes(
-                widest=tape.widest, blocks=learning, adapted=shape.linears[-1].rank > 0, compact=training.compact
-            )
-        )
-        parts = _breakdown(tape, framework=framework, allocator=free)
+        adapted = shape.linears[-1].rank > 0
+        kept_free = holes(widest=tape.widest, blocks=learning, adapted=adapted, compact=training.compact)
+        parts = _breakdown(tape, framework=framework, allocator=0 if tight else kept_free)
         found.append(Estimate(parts, moment, batch.tokens, batch.rows))
     return max(found, key=lambda one: one.allocated_bytes)
 

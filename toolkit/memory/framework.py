@@ -8,7 +8,6 @@ from toolkit.config.methods import leaves_adapter
 from toolkit.config.schema import Recipe
 from toolkit.memory.layers import FULL
 from toolkit.memory.shape import ModelShape
-from toolkit.models.cpu_kernels import FEW_ROWS
 from toolkit.resident import COMPACT
 
 MIB = 2**20
@@ -71,13 +70,13 @@ def onednn_bytes(
         if linear.rank and low_precision
         for half in ((linear.fan_in, linear.rank), (linear.rank, linear.fan_out))
     }
-    if not low_precision:
-        trained, evaluated, rows = ({count for count in one if count > FEW_ROWS} for one in (trained, evaluated, rows))
+    if alone:
+        trained = ()
     updates = shape.first_trained < shape.layers
     forward = 1 if alone else len(products) + len(halves)
     # The gradients of inputs, and of the weights that train.
     backward = forward + len(halves) + (len(products) if updates else 0)
-    kernels = forward * len(evaluated) if alone else forward * len({*trained, *evaluated}) + backward * len(trained)
+    kernels = forward * len({*trained, *evaluated}) + backward * len(trained)
     kernels += len(pooled) * (3 if updates else 2) * len(rows)
     each = KERNEL_LOW if low_precision else KERNEL
     widest = max(linear.weight for linear in shape.linears)

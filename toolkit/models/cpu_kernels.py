@@ -4,8 +4,6 @@
 WIDENED = 128
 # Narrower linear layers, such as adapters, are not worth a kernel of their own.
 NARROWEST = 64
-# Rows up to which a product takes as long as reading its weight, by any library.
-FEW_ROWS = 128
 
 
 def stepped(rows: int) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from toolkit.families import family_of_model
-from toolkit.models.cpu_kernels import FEW_ROWS, NARROWEST
+from toolkit.models.cpu_kernels import NARROWEST
 from toolkit.models.forward import unwrapped
 from toolkit.models.packed import PackedLinear
 from toolkit.training.gemm_choice import Gemm, remember_gemm, remembered_gemm
@@ -89,7 +89,7 @@ def use_gemm(model: nn.Module, gemm: Gemm) -> None:
     """Make a model's plain linear layers multiply by a library; quantised layers, adapters and the head do as ever."""
     core = unwrapped(model)
     core.onednn = gemm == "onednn"
-    # A head multiplies a few rows, and every count of them would be a kernel.
+    # A head multiplies little, and would be a kernel for every count of rows.
     heads = {layer for path in family_of_model(core).head for layer in core.get_submodule(path).modules()}
     for layer in model.modules():
         if layer in heads or type(layer) not in (nn.Linear, Conv1D):
@@ -103,10 +103,9 @@ def use_gemm(model: nn.Module, gemm: Gemm) -> None:
 
 
 def _forward(layer: Any, hidden: Tensor) -> Tensor:
-    """Run a layer by oneDNN, or as it is where its operands are not fp32 on a CPU, or few."""
+    """Run a layer by oneDNN, or as it is where its operands are not fp32 on a CPU."""
     weight, bias = layer.weight, layer.bias
-    low = hidden.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-    if low or hidden.numel() <= FEW_ROWS * hidden.shape[-1]:
+    if hidden.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         plain: Tensor = type(layer).forward(layer, hidden)
         return plain
     apply: Any = _Linear.apply
