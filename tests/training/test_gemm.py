@@ -86,6 +86,22 @@ def test_a_weights_gradient_lies_in_memory_as_the_weight_does(layer: Any) -> Non
     assert found.stride() == layer.weight.stride()
 
 
+@pytest.mark.parametrize(
+    ("method", "alone"), [(METHODS["full"], False), (METHODS["last_n"], True), (LastNMethod(name="last_n", n=2), False)]
+)
+def test_what_multiplies_a_few_rows_keeps_torchs_library(
+    pico_cache: PicoFolder, base_of: BaseOf, method: Any, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gemm, "NARROWEST", 8)
+    base = base_of(pico_cache("distilbert"))
+    model: Any = load_classifier(base, labels=("a", "b"), quantization=None, seed=1, device=CPU)
+    model = apply_method(model, method, family=base.family, base_name="x", seed=2)
+    gemm.use_gemm(model, "onednn")
+    blocks = list(model.get_submodule(base.family.blocks))
+    replaced = ["forward" in vars(layer) for layer in (blocks[0].ffn.lin1, blocks[-1].ffn.lin1, model.pre_classifier)]
+    assert replaced == [True, not alone, False]
+
+
 @pytest.mark.parametrize(("gain", "chosen"), [(0.8, "default"), (1.1, "default"), (2.0, "onednn")])
 @needs_onednn
 def test_the_faster_one_is_chosen_once_for_a_machine(

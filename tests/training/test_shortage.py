@@ -21,6 +21,7 @@ from toolkit.errors import OutOfMemoryError
 from toolkit.evaluation.evaluate import predict_logits
 from toolkit.finetune import finetune
 from toolkit.listener import SILENT
+from toolkit.runtime import is_out_of_memory
 from toolkit.training.objectives import ClassificationObjective
 from toolkit.training.shortage import recipe_lines, split_rows
 from toolkit.training.state import Progress
@@ -238,3 +239,15 @@ def test_recipe_lines_keep_the_effective_batch() -> None:
     ]  # fmt: skip
     tokens = TrainingSettings(max_tokens_per_batch=1000)
     assert recipe_lines(tokens, Progress(pieces=2))[0] == "training.max_tokens_per_batch=500"
+
+
+@pytest.mark.parametrize(
+    ("message", "short"),
+    [
+        ("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory", True),
+        ("could not create a primitive", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_what_libraries_say_when_memory_is_out(message: str, short: bool) -> None:
+    assert is_out_of_memory(RuntimeError(message)) is short

@@ -61,19 +61,18 @@ def predict(recipe: Recipe, inputs: Inputs, *, device: str, found: int | None = 
         gemm = remembered_gemm() or "default"
     prefix = _prefix(recipe, shape, train, device=device)
     framework = framework_bytes(recipe, device=device, found=found)
-    # In float32 quantised layers multiply in their own way.
-    fast = low or (gemm == "onednn" and recipe.quantization is None)
+    pools = shape.objective == "classification" and shape.family.pools_one
+    last_alone = pools and shape.frozen == shape.layers - 1
+    # In float32 quantised layers and a last block alone multiply in their own way (``training.gemm.use_gemm``).
+    fast = low or (gemm == "onednn" and recipe.quantization is None and not last_alone)
     if device == "cpu" and fast and shape.frozen < shape.layers:
-        pools = shape.objective == "classification" and shape.family.pools_one
-        # With kept states of all blocks but the last one, that one alone runs in steps.
-        alone = bool(prefix) and pools and shape.frozen == shape.layers - 1
         labels = inputs.train_labels
         framework += onednn_bytes(
             shape,
             trained=training_counts(train, recipe.training, labels=labels),
             evaluated=evaluation_counts(validation, batch_size=EVALUATION_BATCH),
             rows=training_row_counts(train, recipe.training, labels=labels) if pools else set(),
-            alone=alone,
+            alone=last_alone and bool(prefix),
             low_precision=low,
         )
     return estimate(
