@@ -300,10 +300,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """Return what the processor calls itself."""
+    """Return what the processor calls itself; on x86 with its generation, which a virtual machine leaves out."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
+    facts: dict[str, str] = {}
     if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        for line in reversed(cpuinfo.read_text().splitlines()):
+            name, _, value = line.partition(":")
+            facts[name.strip()] = value.strip()
+    if "model name" in facts:
+        generation = [f"{name.removeprefix('cpu ')} {facts[name]}" for name in ("cpu family", "model") if name in facts]
+        return facts["model name"] + (f" ({', '.join(generation)})" if generation else "")
     return platform.processor() or platform.machine()

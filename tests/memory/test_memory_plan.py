@@ -219,7 +219,7 @@ def test_wrong_sizes_are_refused(text):
         parse_bytes(text)
 
 
-def test_kernels_are_counted_by_the_sizes_of_batches_and_quantised_layers_have_none(written):
+def test_kernels_are_counted_by_the_sizes_of_batches(written):
     def framework(*changes):
         recipe = load_recipe(written, ["method={name: lora}", *changes])
         return plan_memory(recipe, device="cpu").estimate.breakdown["framework"]
@@ -234,4 +234,4 @@ def test_kernels_are_counted_by_the_sizes_of_batches_and_quantised_layers_have_n
     )
     assert plain < one < many
     quantised = [framework("quantization={bits: 4}", f"training.gemm={gemm}") for gemm in ("default", "onednn")]
-    assert quantised[0] == quantised[1]
+    assert quantised[0] < quantised[1]

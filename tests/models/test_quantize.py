@@ -152,11 +152,20 @@ def test_a_row_does_not_depend_on_its_batch(base: Base, mode: QuantizationSettin
             torch.testing.assert_close(alone[0], together[i], atol=1e-6, rtol=1e-5)
 
 
-def test_the_cpu_repacking_is_off_even_where_the_cpu_has_it(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_that_could_repack_the_weights_leaves_them(
+    base: Base, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
-    layers = [module for module in load(base, MODES["nf4"]).modules() if isinstance(module, bnb.nn.Linear4bit)]
+    model = load(base, MODES["nf4"]).eval()
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     assert layers
-    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    assert all(layer.support_avx512bf16_for_cpu for layer in layers)
+    codes = [layer.weight.data.clone() for layer in layers]
+    with torch.no_grad():
+        classify(model, batch)
+    for layer, before in zip(layers, codes, strict=True):
+        assert torch.equal(layer.weight.data, before)
+        assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
 
 
 def test_embeddings_keep_the_dtype_they_were_loaded_in(base: Base) -> None:

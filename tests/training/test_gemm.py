@@ -15,9 +15,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from toolkit.adapters.apply import apply_method
-from toolkit.config.schema import FullMethod, LastNMethod, LoraMethod
+from toolkit.config.schema import FullMethod, LastNMethod, LoraMethod, QuantizationSettings
 from toolkit.models.forward import classify
 from toolkit.models.load import load_classifier
+from toolkit.models.quantize import is_quantized
 from toolkit.training import gemm
 from toolkit.training.gemm_choice import remembered_gemm
 
@@ -70,6 +71,34 @@ def test_both_libraries_give_the_same_logits_and_gradients(
     gemm.use_gemm(model, "default")
     again = gradients(model, batch)
     assert not calls
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
+
+
+@needs_onednn
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_that_are_unpacked_are_multiplied_by_either(
+    pico_cache: PicoFolder, base_of: BaseOf, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_of(pico_cache("gpt2"))
+    stored = QuantizationSettings.model_validate({"bits": bits})
+    model: Any = load_classifier(base, labels=("a", "b"), quantization=stored, seed=1, device=CPU)
+    model = apply_method(model, METHODS["lora"], family=base.family, base_name="x", seed=2).eval()
+    ids = torch.randint(5, 60, (4, 12), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = gradients(model, batch)
+    calls: list[int] = []
+    product = gemm._product
+    monkeypatch.setattr(gemm, "_product", lambda *arguments: calls.append(1) or product(*arguments))
+    gemm.use_gemm(model, "onednn")
+    found = gradients(model, batch)
+    # Forwards and, but for the first block's, whose input has no gradient, backwards.
+    layers = sum(isinstance(module, nn.Linear) and is_quantized(module) for module in model.modules())
+    assert layers < len(calls) < 2 * layers
+    largest = max(float(tensor.abs().max()) for tensor in expected.values())
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6 * largest, msg=name)
+    gemm.use_gemm(model, "default")
+    again = gradients(model, batch)
     assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
 
 

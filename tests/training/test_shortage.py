@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,9 @@ from toolkit.errors import OutOfMemoryError
 from toolkit.evaluation.evaluate import predict_logits
 from toolkit.finetune import finetune
 from toolkit.listener import SILENT
+from toolkit.models.forward import unwrapped
 from toolkit.runtime import is_out_of_memory
+from toolkit.training import gemm
 from toolkit.training.objectives import ClassificationObjective
 from toolkit.training.shortage import recipe_lines, split_rows
 from toolkit.training.state import Progress
@@ -29,6 +32,7 @@ from toolkit.training.state import Progress
 __all__ = ["pico_cache"]
 
 Written = Callable[[str], Path]
+FORWARD = ClassificationObjective.forward
 REAL = """
 import resource, sys
 from toolkit.config.load import load_recipe
@@ -67,7 +71,7 @@ def written(tmp_path: Path, pico_cache: PicoFolder) -> Written:
         path = tmp_path / "recipe.yaml"
         path.write_text(
             f"model: {{base: '{pico_cache('gpt2')}', max_length: 32}}\ndata: {{source: '{data}'}}\n"
-            f"method: {{name: full}}\ntraining: {{learning_rate: 1e-3, {training}}}\n"
+            f"method: {{name: full}}\ntraining: {{learning_rate: 1e-3, gemm: default, {training}}}\n"
             f"evaluation: {{every: end}}\noutput: {{dir: '{tmp_path / 'run'}', log_every: 1, save_every: 2}}\n"
         )
         return path
@@ -164,10 +168,39 @@ def test_what_does_not_fit_at_all_names_what_would_help(
     assert not (tmp_path / "run" / "result.json").exists()
 
 
+def without_kernels(self: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """An objective's forward where there is no room for oneDNN's kernels."""
+    if unwrapped(self.model).onednn:
+        raise RuntimeError("could not create a primitive")
+    return FORWARD(self, batch)
+
+
+@pytest.mark.skipif(not gemm._works(), reason="this build of torch lacks oneDNN's linear layer")
+def test_onednn_is_given_up_before_anything_slower(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, by_hand, run, said = written("max_steps: 6"), tmp_path / "by_hand", tmp_path / "run", Said()
+    finetune(load_recipe(path, [f"output.dir={by_hand}"]))
+    monkeypatch.setattr(ClassificationObjective, "forward", without_kernels)
+    record = finetune(load_recipe(path, ["training.gemm=onednn"]), listener=said)
+    assert record["memory"]["shortage"] == ["training.gemm=default"]
+    assert len([line for line in said.lines if "did not fit" in line]) == 1
+    assert losses(run) == losses(by_hand)
+    assert all(torch.equal(tensor, trained(run)[name]) for name, tensor in trained(by_hand).items())
+    # Taken up again, it goes on as it was.
+    (run / "result.json").unlink()
+    newest = max((run / "checkpoints").iterdir(), key=lambda one: int(one.name.removeprefix("step-")))
+    shutil.rmtree(newest)
+    finetune(load_recipe(path, ["training.gemm=onednn"]), listener=(again := Said()))
+    assert any("resuming after step 4" in line for line in again.lines)
+    assert not any("did not fit" in line for line in again.lines)
+    assert losses(run) == losses(by_hand)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc")
-def test_a_real_limit(written: Written, tmp_path: Path) -> None:
-    # Not oneDNN, which wants room for kernels at every smaller try.
-    long = ["model.base=gpt2-mini", "model.max_length=256", "training.max_steps=2", "training.gemm=default"]
+@pytest.mark.parametrize("library", ["default", "onednn"])
+def test_a_real_limit(written: Written, tmp_path: Path, library: str) -> None:
+    long = ["model.base=gpt2-mini", "model.max_length=256", "training.max_steps=2", f"training.gemm={library}"]
     texts = "\n".join(f"{'ham' if i % 2 else 'spam'},{i} " + "free prize call " * 60 for i in range(120))
     (tmp_path / "messages.csv").write_text("label,text\n" + texts + "\n")
     path = written("batch_size: 64")
@@ -178,7 +211,10 @@ def test_a_real_limit(written: Written, tmp_path: Path) -> None:
     assert "did not fit into memory" in done.stdout
     record = json.loads((tmp_path / "run" / "result.json").read_text())
     assert record["steps"] == 2
-    assert record["memory"]["shortage"][0].startswith("training.batch_size=")
+    lines = record["memory"]["shortage"]
+    if library == "onednn" and gemm._works():
+        assert lines.pop(0) == "training.gemm=default"
+    assert lines[0].startswith("training.batch_size=")
 
 
 @pytest.mark.parametrize(("recomputing", "advised"), [("false", "gradient_checkpointing=true"), ("true", "max_length")])

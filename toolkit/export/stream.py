@@ -10,8 +10,9 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import IO
+from io import FileIO
 
 import torch
 
@@ -28,6 +29,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 # A tensor, or slices of its first dimension one after another.
 Content = torch.Tensor | Iterable[torch.Tensor]
 Read = Callable[[str], Content]
+# Takes bytes that stay as they are until the next call.
+Append = Callable[[memoryview], None]
 
 
 def write_tensors(
@@ -57,9 +60,9 @@ def write_tensors(
     shards = plan_shards(shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
     files = {_shard_name(place, len(shards)): names for place, names in enumerate(shards, start=1)}
     for name, names in files.items():
-        with _safetensors(folder / name, {key: shapes[key] for key in names}, dtype) as file:
+        with _safetensors(folder / name, {key: shapes[key] for key in names}, dtype) as append:
             for key in names:
-                _write(file, key, read(key), shape=shapes[key], dtype=dtype)
+                _write(append, key, read(key), shape=shapes[key], dtype=dtype)
     total = sum(_size(shape, dtype) for shape in shapes.values())
     if len(files) > 1:
         weight_map = {key: name for name, names in files.items() for key in names}
@@ -83,7 +86,8 @@ def plan_shards(shapes: Shapes, *, dtype: torch.dtype, max_shard_bytes: int) -> 
 
 
 @contextmanager
-def _safetensors(path: pathlib.Path, shapes: Shapes, dtype: torch.dtype) -> Iterator[IO[bytes]]:
+def _safetensors(path: pathlib.Path, shapes: Shapes, dtype: torch.dtype) -> Iterator[Append]:
+    """Open a file behind its header; what is appended is written while the next piece is made."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -92,12 +96,25 @@ def _safetensors(path: pathlib.Path, shapes: Shapes, dtype: torch.dtype) -> Iter
     raw = json.dumps(header, separators=(",", ":")).encode("utf-8")
     # The format asks for data that starts at a multiple of 8.
     raw += b" " * (-len(raw) % 8)
-    with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        yield file
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as thread:
+        pending: Future[None] = thread.submit(_write_all, file, memoryview(len(raw).to_bytes(8, "little") + raw))
+
+        def append(data: memoryview) -> None:
+            nonlocal pending
+            pending.result()
+            pending = thread.submit(_write_all, file, data)
+
+        yield append
+        pending.result()
 
 
-def _write(file: IO[bytes], name: str, content: Content, *, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _write_all(file: FileIO, data: memoryview) -> None:
+    # A system writes at most 2 GiB at once.
+    while len(data):
+        data = data[file.write(data) :]
+
+
+def _write(append: Append, name: str, content: Content, *, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Append a tensor, cast and checked piece by piece."""
     rows, row = 0, tuple(shape[1:])
     for piece in _pieces(content):
@@ -107,7 +124,7 @@ def _write(file: IO[bytes], name: str, content: Content, *, shape: tuple[int, ..
         if not all_finite(cast):
             raise ToolkitError(f"{name}: not finite as {SPELLINGS[dtype]}; choose fp32 or bf16")
         # A view of the piece's own memory: no copy is made. tofile() raises errors without a number.
-        file.write(cast.reshape(-1).view(torch.uint8).numpy().data)
+        append(cast.reshape(-1).view(torch.uint8).numpy().data)
         rows += len(piece)
     if rows != math.prod(shape[:1]):
         raise ToolkitError(f"{name}: {rows} rows where {shape} was planned")

@@ -120,10 +120,9 @@ class Classifier:
             unwrapped(trained).frozen.load(unwrapped(trained), LOW[chosen])
         gemm = choose_gemm("auto", target)
         packing = choose_packing(gemm, chosen, target)
+        use_gemm(trained, gemm)
         if packing is not None and multiplied and runs_flat(unwrapped(trained)):
             pack_blocks(unwrapped(trained), base.family, packing)
-        else:
-            use_gemm(trained, gemm)
         return cls(
             trained,
             # The one trained with; the base's files may have changed since.

@@ -124,6 +124,9 @@ def estimate(
         if name == "frozen blocks":
             # The states of a chunk are in memory, and no step has made the optimizer's state yet.
             held |= {"embeddings": FULL * chunk_tokens * shape.width, "optimizer": 0}
+        if bits is not None and device == "cpu":
+            # One weight at a time lies there unpacked (``models.unpacked``).
+            held["workspace"] = max(linear.weight for linear in shape.linears) * (2 if low_precision else FULL)
         for part, size in held.items():
             tape.take(size, part)
         if learns and accumulating:

@@ -182,10 +182,12 @@ class Layers:
         weight = layer.weight
         cast = weight * self.low if self.setting.low_precision else 0
         if self.setting.bits is not None:
-            # Weights are unpacked for each multiplication and thrown away; the 8-bit layer holds on to its input.
-            pinned = (source,) if self.setting.bits == 8 else ()
-            tape.widen(weight * self.low)
-            result = tape.record(size, (source,), pinned=pinned, workspace=weight * self.low)
+            # A CPU unpacks all weights into the same memory; elsewhere each product takes its own, and an 8-bit layer
+            # holds on to its input.
+            unpacked = 0 if self.setting.device == "cpu" else weight * self.low
+            pinned = (source,) if self.setting.bits == 8 and unpacked else ()
+            tape.widen(unpacked)
+            result = tape.record(size, (source,), pinned=pinned, workspace=unpacked)
         elif trained:
             own = (weight * FULL, layer.fan_out * FULL)
             if self.setting.training:

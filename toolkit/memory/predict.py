@@ -63,8 +63,8 @@ def predict(recipe: Recipe, inputs: Inputs, *, device: str, found: int | None = 
     framework = framework_bytes(recipe, device=device, found=found)
     pools = shape.objective == "classification" and shape.family.pools_one
     last_alone = pools and shape.frozen == shape.layers - 1
-    # In float32 quantised layers and a last block alone multiply in their own way (``training.gemm.use_gemm``).
-    fast = low or (gemm == "onednn" and recipe.quantization is None and not last_alone)
+    # In float32 a last block alone is left to torch (``training.gemm.use_gemm``).
+    fast = low or (gemm == "onednn" and not last_alone)
     if device == "cpu" and fast and shape.frozen < shape.layers:
         labels = inputs.train_labels
         framework += onednn_bytes(

@@ -13,6 +13,7 @@ from torch import nn
 from toolkit.config.schema import QuantizationSettings
 from toolkit.errors import CapabilityError, Problem
 from toolkit.families import Family
+from toolkit.models.unpacked import multiply
 from toolkit.resident import return_freed_memory
 
 if TYPE_CHECKING:
@@ -129,21 +130,23 @@ def prepare_quantized(model: PreTrainedModel) -> PreTrainedModel:
     """
     import bitsandbytes as bnb
 
-    exact_state = _exact_state_class()
     model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear8bitLt):
-            module.state.__class__ = exact_state
-        if isinstance(module, bnb.nn.Linear4bit):
-            # On AVX512-BF16 CPUs an eval forward would repack the weights in place: the next training step crashes
-            # and evaluation computes with bf16 scales.
-            module.support_avx512bf16_for_cpu = False
-            module.forward = functools.partial(_forward_4bit, module)
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)]
+    widest = max((layer.in_features * layer.out_features for layer in layers), default=0)
+    for layer in layers:
+        own: Any = layer
+        if layer.weight.device.type == "cpu":
+            # Left to itself an eval forward rounds otherwise than training. 8-bit layers quantise their input too, with
+            # outlier columns picked over the whole batch (logits move by 1e-2, and with the batch size), 4-bit ones on
+            # AVX512-BF16 repack their weights in place, after which no training step works.
+            own.forward = functools.partial(multiply, layer, widest)
+        elif isinstance(layer, bnb.nn.Linear4bit):
+            own.forward = functools.partial(_forward_4bit, layer)
     return model
 
 
 def _forward_4bit(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Run a 4-bit layer; under autocast in its dtype, forwards and backwards, as any linear layer runs.
+    """Run a 4-bit layer on a GPU; under autocast in its dtype, forwards and backwards, as any linear layer runs.
 
     Left to itself it takes the dtype of its input, which behind a norm is float32.
     """
@@ -159,27 +162,6 @@ def _forward_4bit(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
         hidden.to(dtype), layer.weight, bias=bias, quant_state=layer.weight.quant_state
     )
     return product
-
-
-def _exact_state_class() -> type:
-    """Return an 8-bit layer state that keeps the CPU on one arithmetic.
-
-    On the CPU bitsandbytes multiplies by the dequantised weights while training, but quantises the activations too in
-    eval mode, with outlier columns picked over the whole batch: logits then move by 1e-2, and with the batch size.
-    What is evaluated must be what was trained, so the state says "training" in either mode. CUDA never asks.
-    """
-    from bitsandbytes.autograd._functions import MatmulLtState
-
-    class ExactState(MatmulLtState):  # type: ignore[misc]
-        @property
-        def is_training(self) -> bool:
-            return True
-
-        @is_training.setter
-        def is_training(self, value: bool) -> None:
-            return None
-
-    return ExactState
 
 
 def is_quantized(module: nn.Module) -> bool:

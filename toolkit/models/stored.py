@@ -17,7 +17,7 @@ from toolkit.models.headers import DTYPE_BYTES, TensorInfo, read_tensor_headers
 from toolkit.models.tensors import body_name
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 4 << 20
 
 
 class StoredTensors:
@@ -58,7 +58,7 @@ class StoredTensors:
             start += len(piece)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """Yield a tensor in the dtype it is stored in, 8 MiB at a time, as slices of its first dimension."""
+        """Yield a tensor in the dtype it is stored in, 4 MiB at a time, as slices of its first dimension."""
         info = self._info(name)
         row = math.prod(info.shape[1:])
         for piece in _flat_pieces(info, multiple=row):
@@ -107,9 +107,9 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 
 def _flat_pieces(info: TensorInfo, *, multiple: int = 1) -> Iterator[torch.Tensor]:
-    """Yield a floating-point tensor's elements in their order, about 8 MiB at a time.
+    """Yield a floating-point tensor's elements in their order, about 4 MiB at a time.
 
-    A piece's memory is used again for the next one.
+    A piece's memory is used again for the next but one, so that it may be written while that one is read.
 
     Args:
         info: Where the tensor lies.
@@ -120,11 +120,12 @@ def _flat_pieces(info: TensorInfo, *, multiple: int = 1) -> Iterator[torch.Tenso
     """
     width = DTYPE_BYTES[info.dtype]
     step = max(PIECE_BYTES // (width * multiple), 1) * multiple * width
-    buffer = np.empty(min(step, info.stop - info.start), dtype=np.uint8)
+    buffers = [np.empty(min(step, info.stop - info.start), dtype=np.uint8) for _ in range(2)]
     with info.file.open("rb", buffering=0) as file:
         file.seek(info.start)
         for start in range(info.start, info.stop, step):
-            part = buffer[: min(step, info.stop - start)]
+            buffers.reverse()
+            part = buffers[0][: min(step, info.stop - start)]
             if not _fill(file, part):
                 raise ToolkitError(f"{info.file}: became shorter while it was read")
             yield torch.from_numpy(part).view(TORCH_DTYPES[info.dtype])

@@ -19,6 +19,7 @@ from toolkit.families import family_of_model
 from toolkit.models.cpu_kernels import NARROWEST
 from toolkit.models.forward import frozen_blocks, unwrapped
 from toolkit.models.packed import PackedLinear
+from toolkit.models.quantize import is_quantized
 from toolkit.training.gemm_choice import Gemm, remember_gemm, remembered_gemm
 
 logger = logging.getLogger(__name__)
@@ -86,9 +87,9 @@ def measured_gain() -> float:
 
 
 def use_gemm(model: nn.Module, gemm: Gemm) -> None:
-    """Make a model's plain linear layers multiply by a library; quantised layers and adapters keep their own way.
+    """Make a model's linear layers, plain or quantised, multiply by a library; adapters keep their own way.
 
-    So do those that multiply a few rows: the head, and a classifier's last block where it trains alone. There oneDNN's
+    So do layers that multiply a few rows: the head, and a classifier's last block where it trains alone. There oneDNN's
     kernels, and the holes they leave, took 265 MiB more for steps that were a fifteenth faster (GPT-2, by tokens).
     """
     core = unwrapped(model)
@@ -100,14 +101,17 @@ def use_gemm(model: nn.Module, gemm: Gemm) -> None:
         few.append(blocks[-1])
     passed = {layer for module in few for layer in module.modules()}
     for layer in model.modules():
-        if layer in passed or type(layer) not in (nn.Linear, Conv1D):
+        own: Any = layer
+        # An adapter shows the weight of the layer that it wraps.
+        unpacked = isinstance(layer, nn.Linear) and is_quantized(layer)
+        if layer in passed or not (unpacked or type(layer) in (nn.Linear, Conv1D)):
             continue
-        if min(layer.weight.shape) >= NARROWEST:  # type: ignore[arg-type]
-            own: Any = layer
-            if gemm == "onednn":
-                own.forward = functools.partial(_forward, layer)
-            else:
-                own.__dict__.pop("forward", None)
+        # Quantised layers have a forward of their own, which asks for the product (``models.unpacked``).
+        name, way = ("product", _product) if unpacked else ("forward", functools.partial(_forward, layer))
+        if gemm != "onednn":
+            own.__dict__.pop(name, None)
+        elif unpacked or min(own.weight.shape) >= NARROWEST:
+            setattr(own, name, way)
 
 
 def _forward(layer: Any, hidden: Tensor) -> Tensor:

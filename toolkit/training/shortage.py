@@ -1,4 +1,4 @@
-"""What a run does when a step does not fit: the same step in smaller pieces, then with activations recomputed."""
+"""What a run does when a step does not fit: without oneDNN's kernels, in smaller pieces, then with recomputation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from torch import nn
 
 from toolkit.config.schema import TrainingSettings
 from toolkit.errors import OutOfMemoryError
-from toolkit.models.forward import checkpoint_activations
+from toolkit.models.forward import checkpoint_activations, unwrapped
+from toolkit.training.gemm import use_gemm
 from toolkit.training.plan import Rows
 from toolkit.training.state import Progress
 
@@ -23,11 +24,17 @@ def go_smaller(progress: Progress, model: nn.Module, training: TrainingSettings,
     """Change what the next attempt of a step needs; return whether there is anything left to change.
 
     Args:
-        progress: Its ``pieces`` and ``recomputing`` are changed.
-        model: Checkpoints its activations, once micro-batches are single rows.
+        progress: Its ``without_onednn``, ``pieces`` and ``recomputing`` are changed.
+        model: Multiplies by torch's own library from the first time on; checkpoints its activations, once
+            micro-batches are single rows.
         training: Whether it does so already.
         rows: Of the largest micro-batch as the recipe wants it.
     """
+    if not progress.without_onednn and multiplies_by_onednn(model, training):
+        # It wants memory for a kernel of every size that it meets: smaller pieces alone may never fit.
+        progress.without_onednn = True
+        use_gemm(model, "default")
+        return True
     if progress.pieces < rows:
         progress.pieces = min(2 * progress.pieces, rows)
         return True
@@ -39,15 +46,28 @@ def go_smaller(progress: Progress, model: nn.Module, training: TrainingSettings,
     return True
 
 
+def multiplies_by_onednn(model: nn.Module, training: TrainingSettings) -> bool:
+    """Return whether a model's fp32 products could be made without oneDNN; those of bf16 know no other library."""
+    return getattr(unwrapped(model), "onednn", False) is True and training.precision in ("auto", "fp32")
+
+
+def go_on_smaller(progress: Progress, model: nn.Module) -> None:
+    """Change a model that was built anew as ``go_smaller`` changed the one of the run before."""
+    if progress.without_onednn:
+        use_gemm(model, "default")
+    if progress.recomputing:
+        checkpoint_activations(model)
+
+
 def recipe_lines(training: TrainingSettings, progress: Progress) -> list[str]:
     """Return the settings that would have done from the start what shortage made the run do."""
-    lines = []
+    lines = ["training.gemm=default"] if progress.without_onednn else []
     if progress.pieces > 1:
         by_tokens = training.max_tokens_per_batch
         name, size = ("batch_size", training.batch_size) if by_tokens is None else ("max_tokens_per_batch", by_tokens)
         smaller = -(-size // progress.pieces)
         steps = training.gradient_accumulation_steps * -(-size // smaller)
-        lines = [f"training.{name}={smaller}", f"training.gradient_accumulation_steps={steps}"]
+        lines += [f"training.{name}={smaller}", f"training.gradient_accumulation_steps={steps}"]
     return [*lines, "training.gradient_checkpointing=true"] if progress.recomputing else lines
 
 

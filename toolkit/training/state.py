@@ -37,6 +37,7 @@ class Progress:
         evaluated: Evaluation results so far, by step.
         pieces: Into how many each micro-batch is cut, since memory ran short (``training.shortage``).
         recomputing: Whether activations are recomputed for the same reason.
+        without_onednn: Whether oneDNN, which keeps kernels, multiplies no more for the same reason.
     """
 
     step: int = 0
@@ -54,6 +55,7 @@ class Progress:
     evaluated: dict[str, dict[str, float]] = field(default_factory=dict)
     pieces: int = 1
     recomputing: bool = False
+    without_onednn: bool = False
 
 
 def capture(

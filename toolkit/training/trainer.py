@@ -19,7 +19,6 @@ from toolkit.adapters.apply import load_trainable_state
 from toolkit.adapters.schedule import MethodSchedule
 from toolkit.config.schema import Recipe
 from toolkit.errors import DivergedError, StoppedError
-from toolkit.models.forward import checkpoint_activations
 from toolkit.parameters import trained_parameters
 from toolkit.resident import return_freed_memory
 from toolkit.runtime import held_memory, is_out_of_memory, memory_errors
@@ -29,7 +28,7 @@ from toolkit.training.observer import Observer, StepRecord
 from toolkit.training.offload import offloading
 from toolkit.training.optim import learning_rate
 from toolkit.training.plan import Rows, StepPlan
-from toolkit.training.shortage import advice, describe, go_smaller, nothing_left, split_rows
+from toolkit.training.shortage import advice, describe, go_on_smaller, go_smaller, nothing_left, split_rows
 from toolkit.training.signals import StopSignals
 from toolkit.training.state import Progress, capture, restore
 
@@ -86,8 +85,7 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
         self.progress = restore(checkpoint, self.model, self.optimizer, self.accelerator, self._schedule)
-        if self.progress.recomputing:
-            checkpoint_activations(self.model)
+        go_on_smaller(self.progress, self.model)
 
     def fit(self) -> Progress:
         """Train to the end of the plan, or until patience runs out; leave the best weights in the model.
