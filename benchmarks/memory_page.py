@@ -65,8 +65,7 @@ Full-size models with random weights, real training steps, in MiB. "tensors" is 
 the batch; its figures were taken by the same code. Batches are rows x longest text. Most cases are two steps on one
 batch; the last ones are two epochs of many. fp32 is multiplied by MKL, unless oneDNN stands in the name, bf16 always by
 oneDNN: that one keeps kernels for every size of batch it meets, which a plan counts. Rows of short batches come in few
-sizes for it, and heads and folded attention, which multiply little, do without it: a last block by tokens took 749 MiB
-by oneDNN and 659 in bf16 before.
+sizes for it; heads, folded attention and, in fp32, a last block that trains alone multiply little, and do without it.
 
 | recipe | batch | tensors: predicted | measured | error | peer | process: predicted | measured | error | peer |
 |---|---|---|---|---|---|---|---|---|---|
@@ -129,10 +128,11 @@ def memory_page(
 REASONS = """The process is harder to predict than its tensors: glibc's heap keeps what is free between things that
 are still needed. `training.allocator` decides about that. `compact` lets every tensor of 1 MiB and more lie in pages
 of its own, which go back to the system when it ends: the process then holds what the tensors take and the framework.
-New pages have to be zeroed, at a tenth of a millisecond a MiB. `fast` leaves them to the heap. `auto`, the default,
-is compact where blocks are recomputed, which is where most holes are, and where time is paid for memory anyway.
-Quantised weights are unpacked into a new tensor for every product, so that compact costs most there. Runs by turns, of
-LoRA on GPT-2 where nothing else is said (`benchmarks/allocator.py`):
+New pages have to be zeroed, at 0.1 to 0.4 ms a MiB on the virtual machines that this was tried on. `fast` leaves them
+to the heap. `auto`, the default, is compact where blocks are recomputed, which is where most holes are, and where time
+is paid for memory anyway.
+Quantised weights are unpacked into one piece of memory, which stays. Runs by turns, of LoRA on GPT-2 where nothing else
+is said (`benchmarks/allocator.py`):
 
 {allocators}
 
@@ -220,9 +220,11 @@ and the scales; "peak" is of all tensors, without the token embedding, which sta
 |---|---|---|---|---|---|---|---|
 """
 SAVES_WORDS = """
-8 bits save DistilBERT little: a layer keeps its input for the backward pass. The process carries some 280
-MiB of framework in any case, so that up to 124 M parameters smaller batches and checkpointing, which are exact, come
-first; from gpt2-medium up 4 bits halve what is needed and more.
+A CPU unpacks all weights into the same memory and keeps no layer's input, which bitsandbytes' own 8-bit product does:
+with it GPT-2 took 513 MiB of tensors where 410 do (8 x 128 tokens), and 288 where 166 do (4 x 256, recomputed). Weights
+and gradients have the same bits. The process carries some 280 MiB of framework in any case, so that up to 124 M
+parameters smaller batches and checkpointing, which are exact, come first; from gpt2-medium up 4 bits halve what is
+needed and more.
 """
 
 
@@ -240,7 +242,7 @@ OFFLOAD = """
 
 `training.activation_offload: true` copies what the backward pass will read from the GPU into pinned memory of the
 machine, and each operation's share back when its turn comes: the same loss and gradients to the bit. Weights, the batch
-and tensors under 64 KiB stay; views of one storage travel once; 8-bit layers hold on to their inputs. Together with
+and tensors under 64 KiB stay; views of one storage travel once; there 8-bit layers hold on to their inputs. With
 `gradient_checkpointing`, the inputs of the recomputed blocks travel: fewer copies, and one whole block on the GPU.
 On a CPU or MPS it does nothing, and says so. By the planner: LoRA, r 16, bf16, a batch of 8 texts of 512 tokens, MiB
 of all tensors:

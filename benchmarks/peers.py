@@ -27,6 +27,7 @@ from toolkit.families import FAMILIES
 from toolkit.runtime import environment
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+WITHOUT_BF16 = "_without_bf16"
 # Log-normal lengths in tokens: mean, spread, longest.
 LENGTHS = {"short": (22, 0.75, 120), "long": (230, 0.6, 512)}
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -143,6 +144,26 @@ def peak_gflops() -> float:
             a @ b
             best = max(best, 2 * rows * inner * columns / (time.perf_counter() - started) / 1e9)
     return best
+
+
+def multiplies_bf16() -> bool:
+    """Return whether this processor multiplies bf16 faster than fp32; without instructions for it, it is far slower."""
+    hidden, weight = torch.randn(256, 768), torch.randn(768, 768)
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        low, lower = hidden.to(dtype), weight.to(dtype)
+        tries = []
+        for _ in range(8):
+            started = time.perf_counter()
+            torch.nn.functional.linear(low, lower)
+            tries.append(time.perf_counter() - started)
+        seconds[dtype] = min(tries)
+    return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+def kind_of_processor() -> str:
+    """Return what the names of results end with: those of processors with and without bf16 stand beside each other."""
+    return "" if multiplies_bf16() else WITHOUT_BF16
 
 
 def needed_flops(family: str, method: str, tokens: int) -> float:

@@ -6,7 +6,8 @@ Full-size GPT-2 124M and DistilBERT 66M with random weights and a trained head, 
 one a line. The arms take turns, and each is timed as a whole command in a process of its own: ``toolkit predict``, and
 a script that calls pipeline("text-classification"). "defaults": batch_size=32. "tuned": the texts sorted by length, and
 the fastest of the batch sizes 8, 16, 32, 64 and of fp32 and bf16, found on SAMPLE texts. Where that is bf16, the
-toolkit runs in bf16 as well. In fp32 both have to find the same labels. Writes results/prediction_MODEL.json.
+toolkit runs in bf16 as well; a processor without bf16 is spared it. In fp32 both have to find the same labels. Writes
+results/prediction_MODEL.json, or prediction_MODEL_without_bf16.json.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def compare(family: str, count: int, rounds: int) -> None:
         trial = {
             (size, precision): float(sample.peer(batch_size=size, ordered=True, precision=precision)[1][-1])
             for size in (8, 16, 32, 64)
-            for precision in DTYPES
+            for precision in (DTYPES if peers.multiplies_bf16() else ("fp32",))
         }
         tuned, low = min(trial, key=lambda one: trial[one])
         arms: dict[str, Any] = {
@@ -118,7 +119,7 @@ def compare(family: str, count: int, rounds: int) -> None:
                 print(f"{family} round {number + 1} {arm}: {seconds[arm][-1]:.2f} s", flush=True)
     defaults, best, *own = seconds
     peers.write(
-        f"prediction_{family}",
+        f"prediction_{family}{peers.kind_of_processor()}",
         {
             "case": {"family": family, "texts": count, "timed": "whole commands"},
             "seconds": seconds,

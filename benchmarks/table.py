@@ -12,6 +12,7 @@ from typing import Any
 
 from memory_page import memory_page
 from methods_page import methods_page
+from peers import WITHOUT_BF16
 
 HERE = pathlib.Path(__file__).parent
 DOCS = HERE.parent / "docs"
@@ -32,11 +33,19 @@ say what is compared with what. All arms of a row ran in turns on the same rows,
 random weights of full size; a ratio is of two arms of the same round, given as median (smallest to largest).
 "defaults" is the peer's own setting, "tuned" what its best user would set: the fastest of several batch sizes, texts of
 like length together, and bf16 autocast where the processor multiplies bf16 faster.
-
-{machine}
-
+"""
+COLUMNS = """
 | question | toolkit's arm | times the peer's defaults | times the tuned peer | aim | the peer, tuned |
 |---|---|---|---|---|---|
+"""
+PLAIN = """
+On a processor that has no instructions for bf16, where fp32 is compared with fp32:
+"""
+LIMIT_PLAIN = """
+On the processor without bf16:
+
+| question | arm | share |
+|---|---|---|
 """
 REASONS = """
 ## Where an aim is missed, and why
@@ -56,8 +65,8 @@ REASONS = """
   fine-tuning were measured; when the last block was, frozen blocks took half as long by oneDNN (6.5 against 12.5 s).
   `training.gemm: auto` takes it where it wins by a fifth: it keeps a kernel of 0.6 MiB for every size of batch, 105 MiB
   after 200 steps of LoRA on gpt2-mini. A bound on them was tried (ONEDNN_PRIMITIVE_CACHE_CAPACITY=64): 22 MiB less, and
-  15 % more time. The rows of a last block come in few sizes since its rows here were measured, and products of up to
-  128 rows are left to MKL in fp32: some 200 MiB less (docs/memory.md).
+  15 % more time. The rows of a last block come in few sizes since its rows here were measured, and in fp32 a last
+  block that trains alone is left to MKL.
 - **The last block pays for one pass over the frozen blocks.** Five epochs of the peer are five such passes and the
   backward pass of one block. One pass is what a first run cannot avoid, nine tenths of it products at the machine's
   peak in fp32, so its ratio is bounded near the number of epochs, times what padding costs, times what the peer loses.
@@ -161,11 +170,12 @@ def machine_line(record: dict[str, Any]) -> str:
     return f"{machine['cpu']}, {machine['cores']} cores, {libraries}, {record['date'][:10]}"
 
 
-def performance_page() -> str:
+def ratio_table(kind: str) -> tuple[str, list[str]]:
+    """Return the table of one kind of processor behind its machines, and the rows of the distance to the limit."""
     machines = set()
     lines, shares = [], []
     for question, name, defaults, tuned in ROWS:
-        record = load(name)
+        record = load(name + kind)
         if record is None:
             continue
         machines.add(machine_line(record))
@@ -176,19 +186,17 @@ def performance_page() -> str:
             lines.append("| " + " | ".join(cells) + " |")
         for arm, share in record.get("share_of_peak", {}).items():
             shares.append(f"| {question} | {arm} | {100 * share['median']:.0f} % |")
-    head = HEAD.format(machine="Machine: " + "; ".join(sorted(machines)) + ".")
-    return (
-        head
-        + "\n".join(lines)
-        + "\n"
-        + REASONS
-        + LIMIT
-        + "\n".join(shares)
-        + "\n"
-        + growth_table()
-        + tokenizing_table()
-        + merging_table()
-    )
+    if not lines:
+        return "", []
+    return "\nMachine: " + "; ".join(sorted(machines)) + ".\n" + COLUMNS + "\n".join(lines) + "\n", shares
+
+
+def performance_page() -> str:
+    table, shares = ratio_table("")
+    without, more = ratio_table(WITHOUT_BF16)
+    parts = (HEAD, table, PLAIN + without if without else "", REASONS, LIMIT, "\n".join(shares), "\n")
+    again = LIMIT_PLAIN + "\n".join(more) + "\n" if more else ""
+    return "".join(parts) + again + growth_table() + tokenizing_table() + merging_table()
 
 
 if __name__ == "__main__":

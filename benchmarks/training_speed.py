@@ -5,7 +5,8 @@
 Full-size GPT-2 124M and DistilBERT 66M with random weights. The arms take turns, round by round, on the same rows, each
 run in a process of its own, so that none finds the memory that another left; a ratio compares arms of one round.
 "steps" cases time the training loop (the peer's Trainer.train, the toolkit's sum of steps); "end to end" cases time
-the whole command: imports, load, training for 5 epochs, evaluation and save. Writes results/training_CASE.json.
+the whole command: imports, load, training for 5 epochs, evaluation and save. bf16 is tried where the processor
+multiplies it faster than fp32. Writes results/training_CASE.json, or training_CASE_without_bf16.json.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Bench:
         sizes = [size for size in (8, 16, 32) if size <= self.case["rows"]]
         seconds = {
             (size, bf16): self.peer(size, grouped=True, bf16=bf16, rows=rows, epochs=1)[0]
-            for bf16 in (False, True)
+            for bf16 in ((False, True) if peers.multiplies_bf16() else (False,))
             for size in sizes
         }
         return min(seconds, key=lambda chosen: seconds[chosen])
@@ -165,7 +166,7 @@ def compare(name: str, rounds: int) -> None:
         record["share_of_peak"] = {
             arm: peers.spread([needed / second / peak for second in seconds[arm]]) for arm in seconds
         }
-    peers.write(f"training_{name}", record)
+    peers.write(f"training_{name}{peers.kind_of_processor()}", record)
 
 
 if __name__ == "__main__":

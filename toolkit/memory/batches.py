@@ -25,7 +25,9 @@ def largest_micro_batches(
     classes: int = 0,
     labels: NDArray[Any] | None = None,
 ) -> list[MicroBatch]:
-    """Return the micro-batches with the most tokens, attention weights and predicted tokens (often the same one).
+    """Return the micro-batches with the most tokens, attention weights, rows and predicted tokens (often the same one).
+
+    Rows count where a budget of tokens decides: those of one with many short texts have as many pooled tokens.
 
     Args:
         lengths: Tokens of each training row, int64, shape (rows,).
@@ -36,7 +38,8 @@ def largest_micro_batches(
         labels: Label id of each training row; needed for balanced batches.
     """
     best: dict[str, tuple[int, Lengths]] = {}
-    counted = {"tokens": lengths, "squares": lengths * lengths} | ({} if targets is None else {"targets": targets})
+    counted = {"tokens": lengths, "squares": lengths * lengths, "rows": np.ones_like(lengths)}
+    counted |= {} if targets is None else {"targets": targets}
     for order, starts in _epochs(lengths, training, labels):
         for name, weights in counted.items():
             totals = np.add.reduceat(weights[order], starts)

@@ -15,8 +15,8 @@ from toolkit.config.schema import PrefixCacheSettings, QuantizationSettings, Rec
 OVERHEAD_TOKENS = {"cpu": 50, "cuda": 2_000}
 # Measured on one CPU core at GPT-2's width; checkpointing on the whole model.
 SLOWER_CHECKPOINTED = 1.30
-# Full-precision weights, and quantised ones, which are unpacked for every product (benchmarks/allocator.py).
-SLOWER_COMPACT = {False: 1.2, True: 1.4}
+# Of seven recipes, two runs each: 0.94 to 1.69, median 1.2 (benchmarks/allocator.py).
+SLOWER_COMPACT = 1.2
 SLOWER_BITS = {None: 1.0, 8: 1.3, 4: 1.6}
 # bitsandbytes' 8-bit AdamW when every weight trains: a step of 256 tokens took x3.2 on a CPU core (CUDA: a guess).
 SLOWER_OPTIMIZER = {"cpu": 3.2, "cuda": 1.1}
@@ -108,7 +108,7 @@ def slowness(recipe: Recipe, *, mean_length: float, trained_share: float, blocks
     factor = 1 + OVERHEAD_TOKENS[device] / (training.batch_size * max(mean_length, 1.0))
     factor *= 1 + (SLOWER_CHECKPOINTED - 1) * training.recomputed_blocks(blocks) / blocks
     if device == "cpu" and training.compact:
-        factor *= SLOWER_COMPACT[recipe.quantization is not None]
+        factor *= SLOWER_COMPACT
     factor *= 1 + (SLOWER_OPTIMIZER[device] - 1) * trained_share * ("8bit" in training.optimizer)
     return factor * SLOWER_BITS[recipe.quantization.bits if recipe.quantization else None]
 
