@@ -15,8 +15,8 @@ from toolkit.config.schema import PrefixCacheSettings, QuantizationSettings, Rec
 OVERHEAD_TOKENS = {"cpu": 50, "cuda": 2_000}
 # Measured on one CPU core at GPT-2's width; checkpointing on the whole model.
 SLOWER_CHECKPOINTED = 1.30
-# Of seven recipes, two runs each: 0.94 to 1.69, median 1.2 (benchmarks/allocator.py).
-SLOWER_COMPACT = 1.2
+# Of seven recipes, two runs each: 0.94 to 1.69, median 1.14 (benchmarks/allocator.py).
+SLOWER_COMPACT = 1.15
 SLOWER_BITS = {None: 1.0, 8: 1.3, 4: 1.6}
 # bitsandbytes' 8-bit AdamW when every weight trains: a step of 256 tokens took x3.2 on a CPU core (CUDA: a guess).
 SLOWER_OPTIMIZER = {"cpu": 3.2, "cuda": 1.1}
