@@ -10,7 +10,7 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python scripts/demo.py runs/gpt2_lora
 
 test: $(VENV)/dev.installed
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
@@ -25,7 +25,7 @@ bench: $(VENV)/dev.installed
 	$(BIN)/python benchmarks/growth.py --rows 1000 250000 500000 1000000 2000000
 	$(BIN)/python benchmarks/tokenizing.py
 	$(BIN)/python benchmarks/merging.py --size small --rounds 3
-	$(BIN)/python benchmarks/merging.py --size xl --rounds 2
+	$(BIN)/python benchmarks/merging.py --size xl --rounds 3 --in-memory
 	$(BIN)/python benchmarks/table.py performance
 
 # About an hour on two cores with nothing else running, and 16 GiB of memory for the peer and the XL base.

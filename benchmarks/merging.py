@@ -7,8 +7,8 @@ steps. Each merge runs in a process of its own, by turns, and writes bf16. "seco
 imports and, of the toolkit alone, checksums of base and output, a wait for the disk, and the proof that the written
 model gives the live model's logits. "weights_seconds" are those of what both do: read, change, write. Peak: resident
 set of the process. Writes results/merging_SIZE.json. ``--in-memory``: all files lie in a file system in memory, so that
-no disk is measured. With ``--last-block`` the last block of the same base is trained
-instead, two epochs of 70 messages, in batches of 8, and the process measured: results/last_block_SIZE.json.
+no disk is measured. With ``--last-block`` the last block of the same base is trained instead, two epochs of 70
+messages, in batches of 8, and the process measured: results/last_block_SIZE.json.
 """
 
 from __future__ import annotations

@@ -28,3 +28,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["TOOLKIT_CACHE"] = str(folder)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of few and long tests: the last one to begin is the last to end, beside idle cores."""
+    items.sort(key=lambda item: "robustness" not in item.path.parts)
