@@ -65,8 +65,8 @@ Full-size models with random weights, real training steps, in MiB. "tensors" is 
 the batch; its figures were taken by the same code. Batches are rows x longest text. Most cases are two steps on one
 batch; the last ones are two epochs of many. fp32 is multiplied by MKL, unless oneDNN stands in the name, bf16 always by
 oneDNN: that one keeps kernels for every size of batch it meets, which a plan counts. Rows of short batches come in few
-sizes for it; heads, folded attention and, in fp32, a last block that trains alone multiply little, and do without it. "4 bits, bf16" was
-measured when weights were unpacked into new tensors.
+sizes for it; heads, folded attention and, in fp32, a last block that trains alone multiply little, and do without it.
+"4 bits, bf16" was measured when weights were unpacked into new tensors.
 
 | recipe | batch | tensors: predicted | measured | error | peer | process: predicted | measured | error | peer |
 |---|---|---|---|---|---|---|---|---|---|
