@@ -66,3 +66,11 @@ def test_shape_and_finiteness_are_proven(tmp_path: pathlib.Path) -> None:
         write_tensors(tmp_path, {"x": (1,)}, lambda name: torch.tensor([float("nan")]), dtype=torch.float32)
     with pytest.raises(ToolkitError, match="x: not finite as F16"):
         write_tensors(tmp_path, {"x": (1,)}, lambda name: torch.tensor([7e4]), dtype=torch.float16)
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="a device that is full")
+def test_a_full_disk_is_an_error_of_the_caller_whichever_piece_meets_it(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to("/dev/full")
+    for rows in (1, 3):
+        with pytest.raises(OSError, match="No space left"):
+            write_tensors(tmp_path, {"x": (rows, 4)}, lambda _, n=rows: iter(torch.ones(n, 1, 4)), dtype=torch.float32)

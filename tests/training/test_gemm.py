@@ -41,11 +41,32 @@ def gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {"logits": logits.detach(), **found}
 
 
+def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    largest = max(float(tensor.abs().max()) for tensor in expected.values())
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6 * largest, msg=name)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grow by one with every product that oneDNN makes."""
+    made: list[int] = []
+    product = gemm._product
+    monkeypatch.setattr(gemm, "_product", lambda *arguments: made.append(1) or product(*arguments))
+    return made
+
+
 @needs_onednn
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["gpt2", "distilbert"])
 def test_both_libraries_give_the_same_logits_and_gradients(
-    pico_cache: PicoFolder, base_of: BaseOf, family: str, method: str, monkeypatch: pytest.MonkeyPatch
+    pico_cache: PicoFolder,
+    base_of: BaseOf,
+    family: str,
+    method: str,
+    calls: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gemm, "NARROWEST", 8)
     base = base_of(pico_cache(family))
@@ -55,16 +76,10 @@ def test_both_libraries_give_the_same_logits_and_gradients(
     mask = (torch.arange(12) < torch.tensor([[12], [3], [7], [1]])).long()
     batch = {"input_ids": ids, "attention_mask": mask}
     expected = gradients(model, batch)
-    calls: list[int] = []
-    product = gemm._product
-    monkeypatch.setattr(gemm, "_product", lambda *arguments: calls.append(1) or product(*arguments))
     gemm.use_gemm(model, "onednn")
     found = gradients(model, batch)
     assert calls
-    assert found.keys() == expected.keys()
-    largest = max(float(tensor.abs().max()) for tensor in expected.values())
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6 * largest, msg=name)
+    compare(found, expected)
     calls.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         classify(model, batch)
@@ -77,7 +92,7 @@ def test_both_libraries_give_the_same_logits_and_gradients(
 @needs_onednn
 @pytest.mark.parametrize("bits", [8, 4])
 def test_weights_that_are_unpacked_are_multiplied_by_either(
-    pico_cache: PicoFolder, base_of: BaseOf, bits: int, monkeypatch: pytest.MonkeyPatch
+    pico_cache: PicoFolder, base_of: BaseOf, bits: int, calls: list[int]
 ) -> None:
     base = base_of(pico_cache("gpt2"))
     stored = QuantizationSettings.model_validate({"bits": bits})
@@ -86,17 +101,12 @@ def test_weights_that_are_unpacked_are_multiplied_by_either(
     ids = torch.randint(5, 60, (4, 12), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     expected = gradients(model, batch)
-    calls: list[int] = []
-    product = gemm._product
-    monkeypatch.setattr(gemm, "_product", lambda *arguments: calls.append(1) or product(*arguments))
     gemm.use_gemm(model, "onednn")
     found = gradients(model, batch)
     # Forwards and, but for the first block's, whose input has no gradient, backwards.
     layers = sum(isinstance(module, nn.Linear) and is_quantized(module) for module in model.modules())
     assert layers < len(calls) < 2 * layers
-    largest = max(float(tensor.abs().max()) for tensor in expected.values())
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6 * largest, msg=name)
+    compare(found, expected)
     gemm.use_gemm(model, "default")
     again = gradients(model, batch)
     assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())

@@ -34,14 +34,13 @@ def multiply(layer: Any, widest: int, hidden: Tensor) -> Tensor:
     Returns:
         (..., out), outside autocast in the dtype of ``hidden``.
     """
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-    else:
-        dtype = getattr(layer, "compute_dtype", None) or hidden.dtype
+    autocast = torch.is_autocast_enabled("cpu")
+    own = getattr(layer, "compute_dtype", None) or hidden.dtype
+    dtype = torch.get_autocast_dtype("cpu") if autocast else own
     bias = None if layer.bias is None else layer.bias.to(dtype)
     apply: Any = _Product.apply
     product: Tensor = apply(hidden.to(dtype), bias, layer, widest)
-    return product if torch.is_autocast_enabled("cpu") else product.to(hidden.dtype)
+    return product if autocast else product.to(hidden.dtype)
 
 
 class _Product(torch.autograd.Function):
