@@ -11,7 +11,7 @@ import pytest
 from pico import PicoFolder, pico_cache
 
 from toolkit.cli import main
-from toolkit.data.cache import cache_folder
+from toolkit.cache import cache_folder
 from toolkit.inference.predict import Classifier
 
 __all__ = ["pico_cache"]

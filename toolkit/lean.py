@@ -9,6 +9,7 @@ other question gets the real ones.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -52,6 +53,23 @@ def keep_compiler_out() -> None:
 def is_kept_out() -> bool:
     """Return whether no compiler is there, as ``keep_compiler_out`` arranged it."""
     return isinstance(sys.modules.get(COMPILER), StandIn)
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Import without a look for garbage at every few hundred objects, where the process is the toolkit's own.
+
+    A sixth of the time; there is none, and what was imported need not be looked at again.
+    """
+    if not is_kept_out() or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextlib.contextmanager

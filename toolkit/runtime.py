@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from toolkit.errors import CapabilityError, OutOfMemoryError, Problem
-from toolkit.lean import is_kept_out, uncompiled, undistributed
+from toolkit.lean import is_kept_out, uncollected, uncompiled, undistributed
+from toolkit.model_index import remember_models
 from toolkit.resident import describe_allocator
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+@uncollected()
 def import_models(*, adapters: bool, quantised: bool) -> None:
     """Import transformers' models, and peft for adapters, without what these bring along and the run has no use for.
 
@@ -126,6 +128,7 @@ def import_models(*, adapters: bool, quantised: bool) -> None:
         adapters: Whether the run needs peft.
         quantised: Whether it needs bitsandbytes.
     """
+    remember_models()
     with absent("scipy", "transformers.utils.is_scipy_available"), undistributed():
         importlib.import_module("transformers.modeling_utils")
     if quantised:

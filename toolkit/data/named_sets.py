@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from toolkit.data.cache import cache_folder, offline, put_folder
+from toolkit.cache import cache_folder, offline, put_folder
 from toolkit.data.delimited import Columns, read_csv, read_tsv
 from toolkit.data.download import download
 from toolkit.data.files import sha256_of

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from toolkit.data.cache import cache_folder
+from toolkit.cache import cache_folder
 from toolkit.durable import room_on_disk
 
 logger = logging.getLogger(__name__)

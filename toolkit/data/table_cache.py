@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from toolkit.data.cache import cache_folder, put_folder
+from toolkit.cache import cache_folder, put_folder
 from toolkit.data.files import sha256_of
 from toolkit.data.labels import LabelColumn
 from toolkit.data.repeats import content_keys

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from toolkit.data.cache import cache_folder, put_folder
+from toolkit.cache import cache_folder, put_folder
 from toolkit.data.files import sha256_of
 from toolkit.data.tokens import Encoded, TokenTable
 from toolkit.errors import DataError

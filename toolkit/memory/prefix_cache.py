@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from toolkit.data.batching import collate, target_tensor
-from toolkit.data.cache import cache_folder
+from toolkit.cache import cache_folder
 from toolkit.data.targets import Targets
 from toolkit.data.tokens import TokenTable
 from toolkit.durable import room_on_disk

@@ -7,7 +7,7 @@ import json
 import logging
 from typing import Literal
 
-from toolkit.data.cache import cache_folder
+from toolkit.cache import cache_folder
 from toolkit.durable import write_file_atomically
 from toolkit.errors import OutputError
 from toolkit.runtime import cpu_name

@@ -1,4 +1,4 @@
-"""Where downloaded sets and token tables are kept between runs."""
+"""Where downloaded sets, token tables, states and what is known of libraries are kept between runs."""
 
 from __future__ import annotations
 
