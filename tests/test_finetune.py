@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from toolkit.config.load import load_recipe
 from toolkit.config.training import TrainingSettings
-from toolkit.errors import CheckpointError, DivergedError, OutputError
+from toolkit.errors import CheckpointError, DivergedError, OutputError, Problem
 from toolkit.finetune import finetune
 from toolkit.listener import Silent
+from toolkit.memory import prefix
 from toolkit.memory.prefix_rule import BATCH_TOKENS, worth_keeping
 from toolkit.models.stored import StoredTensors
 from toolkit.models.streamed import StreamedBlocks
@@ -468,14 +469,37 @@ def test_kept_states_of_frozen_blocks_change_no_loss(recipe_file, tmp_path, fami
     assert records["plain"]["prefix_cache"] is None
     assert records["kept"]["prefix_cache"]["blocks"] == blocks
     assert records["kept"]["prefix_cache"]["dtype"] == "fp32"
-    assert records["half"]["prefix_cache"]["bytes"] * 2 == records["kept"]["prefix_cache"]["bytes"]
+    assert records["half"]["prefix_cache"]["bytes"] < records["kept"]["prefix_cache"]["bytes"]
     assert losses(tmp_path / "kept")[:4] == pytest.approx(losses(tmp_path / "plain")[:4], rel=1e-5)
     assert losses(tmp_path / "half")[:2] == pytest.approx(losses(tmp_path / "plain")[:2], rel=1e-2)
     accuracies = {name: record["metrics"]["test"]["accuracy"] for name, record in records.items()}
     assert accuracies["kept"] == accuracies["plain"]
     again = finetune(load_recipe(path, [f"output.dir={tmp_path / 'again'}"]))
+    # Neither for training nor for judging did a frozen block run.
     assert again["prefix_cache"]["seconds"] == 0.0
     assert losses(tmp_path / "again") == losses(tmp_path / "half")
+    assert again["metrics"] == records["half"]["metrics"]
+    judged = {name: record["metrics"]["test"]["loss"] for name, record in records.items()}
+    assert judged["kept"] == pytest.approx(judged["plain"], rel=1e-5)
+
+
+def test_a_disk_without_room_for_states_to_judge_loses_nothing(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path / "cache"))
+    path, lines, keep = recipe_file("gpt2", "method: {name: last_n}"), [], classification.keep_prefixes
+    common = ["training.gemm=default", "training.prefix_cache.dtype=fp32"]
+    kept = finetune(load_recipe(path, [*common, f"output.dir={tmp_path / 'kept'}"]))
+
+    def full(model, tables, plan, **rest):
+        if plan.judged is None:
+            raise OutputError(Problem("prefix", "output", "No space left on device", "more room"))
+        return keep(model, tables, plan, **rest)
+
+    monkeypatch.setattr(classification, "keep_prefixes", full)
+    told = Silent()
+    told.say = lines.append
+    record = finetune(load_recipe(path, [*common, f"output.dir={tmp_path / 'full'}"]), listener=told)
+    assert any("no states of the rows to judge are kept: prefix" in line for line in lines)
+    assert record["metrics"]["test"]["loss"] == pytest.approx(kept["metrics"]["test"]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "distilbert"])
@@ -530,6 +554,8 @@ def test_streamed_models_are_judged_so_many_tokens_at_a_time(recipe_file, tmp_pa
         return through(model, batches, blocks=blocks)
 
     monkeypatch.setattr(classification, "through_frozen", watched)
+    # As where there is no room for their states.
+    monkeypatch.setattr(prefix, "JUDGED", ())
     found = {}
     for budget in (1_024, 60):
         monkeypatch.setitem(BATCH_TOKENS, "cpu", budget)

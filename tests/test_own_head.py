@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from pico import PicoFolder, pico_cache
 
-from toolkit.cli import main
 from toolkit.cache import cache_folder
+from toolkit.cli import main
 from toolkit.inference.predict import Classifier
 
 __all__ = ["pico_cache"]

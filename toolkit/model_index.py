@@ -1,7 +1,7 @@
 """Remembers what the files of transformers' models export, which ``import transformers`` would find out anew, twice.
 
-It reads the source of every model there is: 2,544 files, 50 MB, a third of the time until a model can be built, and many
-seconds where the disk has not read them before. What an installed version exports never changes.
+It reads the source of every model there is: 2,544 files, 50 MB, a third of the time until a model can be built, and
+many seconds where the disk has not read them before. What an installed version exports never changes.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _keep(path: pathlib.Path, text: str) -> None:
 
 
 def _encode(exports: Any) -> Any:
-    """Return nested exports as JSON has them: keys may be names or sets of libraries, what they lead to, sets of names."""
+    """Return nested exports as JSON has them: keys are names or sets of libraries, and lead to sets of names."""
     if not isinstance(exports, dict):
         return sorted(exports)
     pairs = [[sorted(key) if isinstance(key, frozenset) else key, _encode(value)] for key, value in exports.items()]

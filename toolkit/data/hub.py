@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import pyarrow as pa
 
-from toolkit.data.arrays import rows_of_table
 from toolkit.cache import offline
+from toolkit.data.arrays import rows_of_table
 from toolkit.data.rows import NONE, Origin, Rows, missing_columns, wanted_columns
 from toolkit.errors import CapabilityError, DataError, Problem
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -31,7 +32,8 @@ from toolkit.report.run_record import PrefixCacheRecord
 from toolkit.training.gemm import choose_packing
 from toolkit.training.gemm_choice import Gemm
 
-KEPT_PARTS = ("train", "validation")
+# Parts whose states training reads, and parts that are judged when it has ended.
+TRAINING, JUDGED = ("train", "validation"), ("validation", "test")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class PrefixPlan:
         width: Of a state.
         dtype: ``fp16`` or ``fp32``.
         keys: Key of the cache of each part.
+        precision: Of the blocks, as accelerate spells it.
         packed: What weights are packed in while a block runs (``models.packed``); None: they are not.
+        judged: The same of the rows that are judged, in full precision; None: their blocks run each time.
     """
 
     blocks: int
@@ -52,7 +56,9 @@ class PrefixPlan:
     width: int
     dtype: Literal["fp16", "fp32"]
     keys: dict[str, str]
+    precision: str
     packed: torch.dtype | None = None
+    judged: PrefixPlan | None = None
 
 
 def plan_prefixes(
@@ -65,7 +71,7 @@ def plan_prefixes(
     listener: Listener,
     dtype: Literal["fp16", "fp32"] | None = None,
 ) -> PrefixPlan | None:
-    """Return what to keep of the training and validation rows; None where a run is better off without.
+    """Return what to keep of the rows that training reads and of those that are judged; None: better nothing.
 
     That is: no block is frozen, the rows are seen too seldom, the recipe says no, or the states do not fit.
 
@@ -90,26 +96,42 @@ def plan_prefixes(
         "blocks": blocks,
         "pooled": pooled,
         "quantization": recipe.quantization,
-        "precision": accelerator.mixed_precision,
         "device": accelerator.device.type,
-        "dtype": dtype,
     }
-    packed = choose_packing(gemm, accelerator.mixed_precision, accelerator.device)
-    if packed is not None:
-        facts["packed"] = packed
     if pooled and base.family.pooling != FAMILIES[base.family.model_type].pooling:
         facts["pooling"] = base.family.pooling
-    parts = {name: tables[name] for name in KEPT_PARTS if len(tables[name])}
-    keys = {name: prefix_key(**facts, table=table_sha256(table)) for name, table in parts.items()}
-    needed = sum(
-        state_bytes(tokens=len(table.ids), rows=len(table), width=width, dtype=dtype, pooled=pooled)
-        for table in parts.values()
-    )
-    reason = lacks_room(needed, limit=int(settings.max_gib * 2**30), keep=set(keys.values()))
+
+    def plan_parts(names: tuple[str, ...], dtype: Literal["fp16", "fp32"], precision: str) -> PrefixPlan:
+        packed = choose_packing(gemm, precision, accelerator.device)
+        own = {**facts, "dtype": dtype, "precision": precision} | ({} if packed is None else {"packed": packed})
+        keys = {name: prefix_key(**own, table=table_sha256(tables[name])) for name in names if len(tables[name])}
+        return PrefixPlan(blocks, pooled, width, dtype, keys, precision, packed)
+
+    plan = plan_parts(TRAINING, dtype, accelerator.mixed_precision)
+    judged = plan_parts(JUDGED, "fp32", "no")
+    # What is judged is worth less: it is read once a run.
+    judges = judged.keys and can_stream(recipe) and accelerator.num_processes == 1
+    wanted = (plan, judged) if judges else (plan,)
+    reason = _lacks_room(wanted, tables, limit=settings.max_gib)
+    if reason is not None and len(wanted) == 2:
+        wanted = (plan,)
+        reason = _lacks_room(wanted, tables, limit=settings.max_gib)
     if reason is not None:
         listener.say(f"warning: frozen blocks run in every epoch: {reason}")
         return None
-    return PrefixPlan(blocks, pooled, width, dtype, keys, packed)
+    return replace(plan, judged=judged) if len(wanted) == 2 else plan
+
+
+def _lacks_room(plans: tuple[PrefixPlan, ...], tables: Mapping[str, TokenTable], *, limit: float) -> str | None:
+    """Return why the states of some plans may not be kept, ``limit`` GiB of them, or None."""
+    sizes = {
+        key: state_bytes(
+            tokens=len(tables[name].ids), rows=len(tables[name]), width=plan.width, dtype=plan.dtype, pooled=plan.pooled
+        )
+        for plan in plans
+        for name, key in plan.keys.items()
+    }
+    return lacks_room(sum(sizes.values()), limit=int(limit * 2**30), keep=set(sizes))
 
 
 def streamed_blocks(plan: PrefixPlan | None, recipe: Recipe, accelerator: Accelerator, *, blocks: int) -> int | None:
@@ -152,7 +174,7 @@ def keep_prefixes(
 
     @torch.no_grad()
     def compute(batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        with accelerator.autocast():
+        with accelerator.autocast() if plan.precision != "no" else nullcontext():
             return prefix_states(core, batches, blocks=plan.blocks, packed=plan.packed)
 
     caches = {}
@@ -174,7 +196,7 @@ def keep_prefixes(
             caches[name] = built.to(accelerator.device)
     if core.streamed is not None:
         core.streamed.rest()
-    listener.say(_describe(caches, plan.dtype))
+    listener.say(_describe(caches))
     return caches
 
 
@@ -187,15 +209,19 @@ def through_frozen(
     return [{"states": one, "lengths": count} for one, count in zip(states, lengths, strict=True)]
 
 
-def prefix_record(caches: Mapping[str, PrefixCache]) -> PrefixCacheRecord | None:
-    """Return what result.json says of the caches."""
-    if not caches:
+def prefix_record(caches: Iterable[PrefixCache]) -> PrefixCacheRecord | None:
+    """Return what result.json says of the caches, that of the training rows first."""
+    known: dict[str, PrefixCache] = {}
+    for cache in caches:
+        known.setdefault(cache.key, cache)
+    distinct = list(known.values())
+    if not distinct:
         return None
     return {
-        "blocks": caches["train"].blocks,
-        "dtype": "fp16" if caches["train"].states.itemsize == 2 else "fp32",
-        "bytes": sum(cache.nbytes for cache in caches.values()),
-        "seconds": round(sum(cache.seconds for cache in caches.values()), 3),
+        "blocks": distinct[0].blocks,
+        "dtype": "fp16" if distinct[0].states.itemsize == 2 else "fp32",
+        "bytes": sum(cache.nbytes for cache in distinct),
+        "seconds": round(sum(cache.seconds for cache in distinct), 3),
     }
 
 
@@ -203,9 +229,9 @@ def _advance(listener: Listener, what: str, done: int, total: int) -> None:
     listener.advance(what, done=done, total=total)
 
 
-def _describe(caches: Mapping[str, PrefixCache], dtype: str) -> str:
-    record = prefix_record(caches)
+def _describe(caches: Mapping[str, PrefixCache]) -> str:
+    record = prefix_record(caches.values())
     assert record is not None
-    size = f"{record['bytes'] / 2**20:,.1f} MiB of {dtype} states"
+    size = f"{record['bytes'] / 2**20:,.1f} MiB of {record['dtype']} states of {' and '.join(caches)}"
     how = f"computed in {record['seconds']:.1f} s" if record["seconds"] else "found from an earlier run"
     return f"frozen blocks: {record['blocks']} run once, {size} {how}"

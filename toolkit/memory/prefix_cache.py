@@ -15,7 +15,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from toolkit.data.batching import collate, target_tensor
 from toolkit.cache import cache_folder
+from toolkit.data.batching import collate, target_tensor
 from toolkit.data.targets import Targets
 from toolkit.data.tokens import TokenTable
 from toolkit.durable import room_on_disk
@@ -54,6 +54,7 @@ class PrefixCache:
         blocks: Blocks that the states have behind them.
         pooled: Whether there is one state a row.
         seconds: Time it took to compute what was missing; 0.0 for a cache that was found whole.
+        key: Under which it is kept.
     """
 
     states: States | torch.Tensor
@@ -61,6 +62,7 @@ class PrefixCache:
     blocks: int
     pooled: bool
     seconds: float
+    key: str
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +95,7 @@ class PrefixCache:
         if device.type != "cuda" or self.nbytes > DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
             return self
         states = torch.from_numpy(np.asarray(self.states)).to(device)
-        return PrefixCache(states, self.table, self.blocks, self.pooled, self.seconds)
+        return replace(self, states=states)
 
 
 def prefix_key(**facts: object) -> str:
@@ -181,7 +183,7 @@ def build_prefix_cache(
             _let_go(states)
             advance(high, len(table))
     seconds = time.perf_counter() - started if missing else 0.0
-    return PrefixCache(states, table, blocks, pooled, seconds)
+    return PrefixCache(states, table, blocks, pooled, seconds, key)
 
 
 def _open(path: Path, *, shape: tuple[int, int], dtype: Any) -> Any:

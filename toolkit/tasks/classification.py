@@ -22,6 +22,7 @@ from toolkit.data.parts import Part
 from toolkit.data.shuffle import epoch_order
 from toolkit.data.targets import Targets
 from toolkit.data.tokens import TokenTable
+from toolkit.errors import OutputError
 from toolkit.evaluation.baselines import Tokens, baselines
 from toolkit.evaluation.decision import Decision, fit_decision
 from toolkit.evaluation.evaluate import predict_logits
@@ -68,14 +69,11 @@ class ClassificationTask:
             plan_prefixes, recipe, self.tables, base=base, accelerator=accelerator, gemm=setup.gemm,
             listener=setup.listener,
         )  # fmt: skip
-        plan = plan_kept()
         try:
-            self._build(plan)
+            self._build(plan_kept())
         except PrefixOverflowError:
             setup.listener.say("warning: a state of the frozen blocks exceeds fp16: kept in fp32")
-            plan = plan_kept(dtype="fp32")
-            self._build(plan)
-        self.prefix_cache: PrefixCacheRecord | None = prefix_record(self._caches)
+            self._build(plan_kept(dtype="fp32"))
         self.objective = ClassificationObjective(
             self.model,
             table=self.tables["train"],
@@ -121,12 +119,22 @@ class ClassificationTask:
         if blocks := recipe.training.recomputed_blocks(base.config[base.family.layers_key]):
             checkpoint_activations(self.model, blocks)
         self._caches: dict[str, PrefixCache] = {}
+        self._judged: dict[str, PrefixCache] = {}
+        self._plan_judged = None if plan is None else plan.judged
         if plan is not None:
             self._memory.enter("frozen blocks")
-            self._caches = keep_prefixes(
-                self.model, self.tables, plan, pad_id=self._tokenizer.pad_id, accelerator=accelerator,
-                listener=self._listener,
-            )  # fmt: skip
+            self._caches = self._keep(plan)
+
+    def _keep(self, plan: PrefixPlan) -> dict[str, PrefixCache]:
+        return keep_prefixes(
+            self.model, self.tables, plan, pad_id=self._tokenizer.pad_id, accelerator=self._accelerator,
+            listener=self._listener,
+        )  # fmt: skip
+
+    @property
+    def prefix_cache(self) -> PrefixCacheRecord | None:
+        """What was kept of the frozen first blocks, or None."""
+        return prefix_record([*self._caches.values(), *self._judged.values()])
 
     def _start_from_texts(self) -> None:
         """Give every A of EVA its start: one batch of the rows that the first epoch begins with."""
@@ -162,12 +170,26 @@ class ClassificationTask:
     def judge(self, part: str) -> dict[str, Any]:
         """Return every figure of one part, by the whole model; validation comes first and fits the decision."""
         self._in_full_precision()
-        logits, targets = self._logits(part), self._labels[part]
+        logits, targets = self._logits(part, cache=self._states_to_judge(part)), self._labels[part]
         if part == "test":
             self._test_logits = logits
         elif self._kind != "regression":
             self._fit_decision(logits, targets)
         return all_figures(logits, targets, problem_type=self._kind, names=self._names, decision=self._decision)
+
+    def _states_to_judge(self, part: str) -> PrefixCache | None:
+        """Return the states of a part's rows in full precision, which the next run on them finds; None: none are kept.
+
+        With them the model is as whole as it is without: its frozen blocks are the base's.
+        """
+        plan, self._plan_judged = self._plan_judged, None
+        if plan is not None:
+            try:
+                self._judged = self._keep(plan)
+            except OutputError as error:
+                # The weights are trained, and it can do without.
+                self._listener.say(f"warning: no states of the rows to judge are kept: {error}")
+        return self._judged.get(part)
 
     def _in_full_precision(self) -> None:
         """End training: what is judged and saved are the base's own weights."""

@@ -67,13 +67,15 @@ class Task(Protocol):
         model: The model with its method applied.
         tables: Token ids by part.
         truncated: Texts cut to ``max_length``.
-        prefix_cache: What was kept of the frozen first blocks, or None.
     """
 
     model: Any
     tables: dict[str, TokenTable]
     truncated: int
-    prefix_cache: PrefixCacheRecord | None
+
+    @property
+    def prefix_cache(self) -> PrefixCacheRecord | None:
+        """What was kept of the frozen first blocks, or None."""
 
     @property
     def objective(self) -> Objective:
