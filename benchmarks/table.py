@@ -72,10 +72,14 @@ REASONS = """
 - **The last block pays for one pass over the frozen blocks.** Five epochs of the peer are five such passes and the
   backward pass of one block. One pass is what a first run cannot avoid, nine tenths of it products at the machine's
   peak in fp32, so its ratio is bounded near the number of epochs, times what padding costs, times what the peer loses.
-  A second run on the same texts finds the states ("states found"). What is left then: imports, checksums, export and
-  report, and steps that are bound by memory: one of 8 short texts takes 22 ms, in which, by arithmetic, 28 MB of
-  weights are read twice, their gradients written and read three times, and AdamW moves 200 MB. `max_tokens_per_batch`
-  takes fewer steps.
+  A second run on the same texts finds the states ("states found"), since the rows without bf16 also those of the rows
+  that are judged. What is left then: imports, checksums, export and report, and steps that are bound by memory: one of
+  8 short texts takes 22 ms, in which, by arithmetic, 28 MB of weights are read twice, their gradients written and read
+  three times, and AdamW moves 200 MB. `max_tokens_per_batch` takes fewer steps. Of 14 s without bf16: steps 4, imports
+  3 (they were 4.5), export 2 (half a GB, to disk), report 1.5, base read and hashed 1.
+- Memory that glibc gives back between steps, and gets anew, costs little: kept (`mmap_max=0`, `trim_threshold` of 4
+  GiB), LoRA on long texts took 10 instead of 12.5 s of system time in runs of 75 s of processor time, and last-block
+  steps a twentieth less, for 10 MiB more. It is left to glibc.
 - Whole commands ("end to end", and prediction of 10,000 messages) hold their imports and loading. Prediction in fp32 is
   at MKL's speed; the tuned peer predicts in bf16. Its best batch size is found on 200 texts and varied from run to run
   (8 or 16, 211 or 184 s for GPT-2).
@@ -109,7 +113,8 @@ holds, and a third of the peer's time, which does not. Untouched tensors go from
 quarters of XL, and a piece is written while the next one is read and checked. XL's files lay in memory (`--in-memory`):
 this virtual machine's disk took 0.24 GB/s of 3.1 GB, and both then waited for it (weights 0.9 to 1.1 times the peer).
 Of a command of 22 s on a faster processor: imports 4, fingerprint of the base 2, proof 8 (both models in fp32 on 9
-texts; products 5), weights 4 to 6, checksums 1.
+texts; products 5), weights 4 to 6, checksums 1. On the one without bf16, three quarters of the time of the weights is a
+wait for write(2), which has to find 3.1 GB of new pages, for the peer as well.
 
 | base in bf16 | by | command, s | weights, s | peak of the process, MiB |
 |---|---|---|---|---|

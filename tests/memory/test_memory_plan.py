@@ -115,6 +115,20 @@ def test_memory_is_compact_where_the_recipe_pays_time_for_it(written, changes, c
     assert (kept[0] < kept[1]) is compact
 
 
+def test_gradients_find_no_place_among_activations_of_many_sizes(written):
+    """One batch: they lie where its activations were. Many: beside the room that these take."""
+    settings = ["training.gradient_accumulation_steps=1", "training.allocator=fast", "training.batch_size=4"]
+
+    def free(*more):
+        return plan_memory(load_recipe(written, [*settings, *more]), device="cpu").estimate.breakdown["allocator"]
+
+    # A step of one epoch, and a batch of all rows, come in one size.
+    assert free() - free("training.max_steps=1", "training.epochs=null") > 8 * MIB
+    assert free("training.batch_size=120") == free("training.batch_size=120", "training.epochs=1")
+    whole, one = ["training.allocator=compact"], ["training.max_steps=1", "training.epochs=null"]
+    assert free(*whole) == free(*whole, *one)
+
+
 def test_kept_states_of_frozen_blocks_are_proposed(written):
     recipe = load_recipe(written, ["method={name: last_n, n: 1}", "training.prefix_cache.enabled=false"])
     smallest = plan_memory(recipe.model_copy(update={"training": recipe.training.model_copy(update={"batch_size": 1})}))

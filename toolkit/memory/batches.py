@@ -51,6 +51,12 @@ def largest_micro_batches(
     return _distinct(chosen, lengths, target_share=target_share, targets=targets, classes=classes)
 
 
+def batch_kinds(lengths: Lengths, training: TrainingSettings, *, labels: NDArray[Any] | None = None) -> int:
+    """Return how many micro-batches of the first epoch differ in their tokens."""
+    order, starts = next(_epochs(lengths, training, labels))
+    return len(np.unique(np.add.reduceat(lengths[order], starts)))
+
+
 def largest_evaluation_batch(
     lengths: Lengths,
     *,

@@ -71,6 +71,7 @@ def estimate(
     quantization: QuantizationSettings | None,
     device: str,
     low_precision: bool,
+    kinds: int = 1,
     prefix: Iterable[MicroBatch] = (),
     chunk_tokens: int = 0,
     streamed: bool = False,
@@ -88,6 +89,7 @@ def estimate(
         quantization: How frozen weights are stored.
         device: ``cpu`` or ``cuda``.
         low_precision: Whether the step runs under bf16 or fp16 autocast.
+        kinds: How many micro-batches differ in size.
         prefix: The largest batch of the pass over the frozen blocks, if their states are kept.
         chunk_tokens: Tokens of which that pass holds the states together.
         streamed: Whether blocks whose states are kept, and the token embedding, stay on disk.
@@ -142,8 +144,11 @@ def estimate(
             low_frozen=low_frozen and name != "frozen blocks",
         )
         loss = DryRun(shape, batch, setting=setting, tape=tape).forward()
+        apart = 0
         if learns:
+            side_by_side = tape.held + (0 if accumulating else FULL * shape.trainable)
             tape.backward(loss)
+            apart = max(0, side_by_side - tape.peak)
         moment = f"{name}, {tape.peak_moment}"
         # An update in the backward pass gives back what the one before has left free.
         tight = device == "cuda" or (learns and training.optimizer_in_backward)
@@ -151,7 +156,9 @@ def estimate(
         single = shape.objective == "classification" and shape.family.pools_one
         learning = max(1, shape.layers - shape.frozen - single) if learns else None
         adapted = shape.linears[-1].rank > 0
-        kept_free = holes(widest=tape.widest, blocks=learning, adapted=adapted, compact=training.compact)
+        kept_free = holes(
+            widest=tape.widest, blocks=learning, adapted=adapted, compact=training.compact, apart=apart, kinds=kinds
+        )
         parts = _breakdown(tape, framework=framework, allocator=0 if tight else kept_free)
         found.append(Estimate(parts, moment, batch.tokens, batch.rows))
     return max(found, key=lambda one: one.allocated_bytes)

@@ -26,6 +26,8 @@ LATER = {"cpu": 54 * MIB, "cuda": 0}
 # with a backward pass, at most so many, twice that with adapters in the MLP, and so many of a pass without gradients.
 # Found by benchmarks/memory_plan.py.
 HOLES_A_BLOCK, MOST_HOLES, HOLES_WITHOUT_GRADIENT = 3, 14, 2
+# Batches of so many sizes until gradients lie in none of the places that activations leave.
+MANY_KINDS = 20
 
 
 def framework_bytes(recipe: Recipe, *, device: str, found: int | None = None) -> int:
@@ -83,7 +85,9 @@ def onednn_bytes(
     return each * min(kernels, MOST_KERNELS) + COPIES * widest * (2 if low_precision else FULL)
 
 
-def holes(*, widest: int, blocks: int | None, adapted: bool = False, compact: bool = False) -> int:
+def holes(
+    *, widest: int, blocks: int | None, adapted: bool = False, compact: bool = False, apart: int = 0, kinds: int = 1
+) -> int:
     """Return the bytes that are free in glibc's hands at the peak.
 
     CUDA's allocator reserves more than it hands out as well; that was not measured.
@@ -93,10 +97,14 @@ def holes(*, widest: int, blocks: int | None, adapted: bool = False, compact: bo
         blocks: Blocks that have a backward pass; None for a pass without gradients.
         adapted: Whether there are adapters in the MLP, where tensors are widest.
         compact: Whether tensors go back to the system when they end (``resident.map_tensors``).
+        apart: Bytes by which activations and gradients exceed the peak where no gradient lies in an activation's place.
+        kinds: How many micro-batches differ in size: the places that one leaves do not fit another's gradients.
     """
     if blocks is None:
         count = HOLES_WITHOUT_GRADIENT
     else:
         count = min(HOLES_A_BLOCK * blocks, MOST_HOLES) * (2 if adapted else 1)
     # Compact, the heap has the small ones alone, and one large one is on its way out.
-    return widest + count * min(widest, COMPACT) if compact else count * widest
+    if compact:
+        return widest + count * min(widest, COMPACT)
+    return count * widest + apart * min(kinds - 1, MANY_KINDS) // MANY_KINDS

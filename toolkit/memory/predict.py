@@ -9,6 +9,7 @@ import numpy as np
 from toolkit.config.schema import Recipe
 from toolkit.data.pairs import TARGETS_AT_ONCE
 from toolkit.memory.batches import (
+    batch_kinds,
     evaluation_counts,
     largest_evaluation_batch,
     largest_micro_batches,
@@ -99,6 +100,7 @@ def predict(recipe: Recipe, inputs: Inputs, *, device: str, found: int | None = 
         quantization=recipe.quantization,
         device=device,
         low_precision=low,
+        kinds=batch_kinds(train, recipe.training, labels=inputs.train_labels),
         prefix=prefix,
         chunk_tokens=min(CHUNK_TOKENS, int(train.sum())),
         streamed=can_stream(recipe),
