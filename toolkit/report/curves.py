@@ -255,5 +255,10 @@ def figure(
             # A label in a script the bundled font lacks is drawn as a box; that is no reason to fail a run.
             warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
             png = io.BytesIO()
+            # Laid out once: savefig would do so before each of its two passes.
+            engine = drawing.get_layout_engine()
+            assert engine is not None
+            engine.execute(drawing)
+            drawing.set_layout_engine("none")
             drawing.savefig(png, dpi=160, format="png", bbox_inches="tight", pad_inches=0.12)
         write_file_atomically(path, png.getvalue())
