@@ -103,7 +103,7 @@ def measure(
         pooled = kept == config[family.layers_key]
         shape = (len(lengths) if pooled else sum(lengths), config[family.width_key])
         states = np.random.default_rng(0).standard_normal(shape).astype(DTYPES[recipe.training.prefix_cache.dtype])
-        cache = PrefixCache(states, table, kept, pooled, 0.0)
+        cache = PrefixCache(states, table, kept, pooled, 0.0, key="k")
     objective: torch.nn.Module = ClassificationObjective(model, table=table, labels=labels, pad_id=0, cache=cache)
     if responses is not None:
         prompts = table.lengths - np.array(responses)
